@@ -1,0 +1,1 @@
+//! Disk, channel, request and the ordering contract; file I/O, filters, errors.

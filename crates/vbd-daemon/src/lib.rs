@@ -1,0 +1,1 @@
+//! Configuration, supervision and the control socket.

@@ -1,0 +1,1 @@
+//! Image files: create, inspect, map, lock, and the raw format.

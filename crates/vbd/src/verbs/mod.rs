@@ -1,0 +1,43 @@
+//! The verbs. Each module holds the arguments of one and runs it.
+
+mod attach;
+mod build;
+mod create;
+mod detach;
+mod grow;
+mod info;
+mod list;
+mod map;
+mod stat;
+mod up;
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Verb {
+    Create(create::Args),
+    Build(build::Args),
+    Info(info::Args),
+    Map(map::Args),
+    Attach(attach::Args),
+    Up(up::Args),
+    List(list::Args),
+    Stat(stat::Args),
+    Grow(grow::Args),
+    Detach(detach::Args),
+}
+
+impl Verb {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Verb::Create(args) => create::run(args),
+            Verb::Build(args) => build::run(args),
+            Verb::Info(args) => info::run(args),
+            Verb::Map(args) => map::run(args),
+            Verb::Attach(args) => attach::run(args),
+            Verb::Up(args) => up::run(args),
+            Verb::List(args) => list::run(args),
+            Verb::Stat(args) => stat::run(args),
+            Verb::Grow(args) => grow::run(args),
+            Verb::Detach(args) => detach::run(args),
+        }
+    }
+}

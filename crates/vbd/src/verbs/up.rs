@@ -1,0 +1,9 @@
+//! `vbd up`.
+
+/// Serve all disks that a configuration names.
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
+    anyhow::bail!("not built yet")
+}

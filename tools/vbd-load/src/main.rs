@@ -1,0 +1,2 @@
+//! tools/vbd-load.
+fn main() {}
