@@ -1,1 +1,3 @@
 //! Image files: create, inspect, map, lock, and the raw format.
+
+pub mod size;
