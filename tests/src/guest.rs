@@ -1,0 +1,235 @@
+//! A virtual machine under QEMU's emulation, and talking to it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::tools::{tool_path, tools_disk};
+use crate::{Initramfs, Kernel, Process, Scratch, Transcript, command};
+
+/// How long a guest may take to boot: ten times what it needs when the machine is quiet.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long a command in a guest may take unless told otherwise.
+const COMMAND: Duration = Duration::from_secs(60);
+
+/// A disk that a guest gets over vhost-user-blk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// How many queues the guest uses.
+    pub queues: u16,
+}
+
+/// What a guest is made of.
+pub struct Machine {
+    /// The disks, `/dev/vda` first.
+    pub disks: Vec<Disk>,
+    /// Processors.
+    pub cpus: u16,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Whether fio and e2fsprogs are at `/tools` (see [`Guest::tool`]).
+    pub tools: bool,
+}
+
+/// How a command in a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its exit status.
+    pub status: i32,
+    /// All it said.
+    pub output: String,
+}
+
+impl Machine {
+    /// Two processors, 256 MiB, these disks.
+    pub fn new(disks: impl IntoIterator<Item = Disk>) -> Self {
+        Self { disks: disks.into_iter().collect(), cpus: 2, memory: 256, tools: false }
+    }
+
+    /// Adds fio and e2fsprogs.
+    pub fn with_tools(mut self) -> Self {
+        self.tools = true;
+        self
+    }
+
+    /// Boots a guest that takes commands; comes back when it does.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started, or the guest does not come up in time.
+    pub fn boot(&self, scratch: &Scratch) -> Result<Guest> {
+        let kernel = Kernel::get()?;
+        let log = tempfile_path(scratch, "console")?;
+        let serial = ["-serial".into(), format!("file:{}", log.display()), "-serial".into(), "stdio".into()];
+        let arguments = "console=ttyS0 loglevel=4 tsc=unstable panic=-1";
+        let process = self.start(scratch, &kernel, &Initramfs::agent(&kernel)?, &serial, arguments)?;
+        let mut guest = Guest { process, log };
+        let ready = guest.process.stdout.wait_for("@@ready\n", BOOT);
+        ready.with_context(|| format!("guest did not boot: {}", guest.last_words()))?;
+        if self.tools {
+            guest.mount_tools()?;
+        }
+        Ok(guest)
+    }
+
+    /// Boots the system on the first disk; the guest's console is the process's standard input and output.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started.
+    pub fn boot_system(&self, scratch: &Scratch) -> Result<Process> {
+        let kernel = Kernel::get()?;
+        let initramfs = Initramfs::switch_root(&kernel)?;
+        let serial = ["-serial".into(), "stdio".into()];
+        self.start(scratch, &kernel, &initramfs, &serial, "console=ttyS0 root=/dev/vda rw quiet panic=-1")
+    }
+
+    fn start(
+        &self,
+        scratch: &Scratch,
+        kernel: &Kernel,
+        initramfs: &[u8],
+        serial: &[String],
+        arguments: &str,
+    ) -> Result<Process> {
+        let initrd = tempfile_path(scratch, "initrd")?;
+        fs::write(&initrd, initramfs)?;
+        let mut qemu = command("qemu-system-x86_64");
+        qemu.args(["-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=memory,hpet=off"])
+            .args(["-cpu", "max", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory)])
+            .args(["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory)])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
+            .args(serial)
+            .arg("-kernel")
+            .arg(kernel.image()?)
+            .arg("-initrd")
+            .arg(initrd)
+            .args(["-append", arguments]);
+        for (number, Disk { socket, queues }) in self.disks.iter().enumerate() {
+            let chardev = format!("socket,id=disk{number},path={},reconnect-ms=100", socket.display());
+            qemu.args(["-chardev", &chardev]);
+            qemu.args(["-device", &format!("vhost-user-blk-pci,chardev=disk{number},num-queues={queues}")]);
+        }
+        if self.tools {
+            let tools = tools_disk()?;
+            let drive = format!(
+                "driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={}",
+                tools.display()
+            );
+            qemu.args(["-blockdev", &drive, "-device", "virtio-blk-pci,drive=tools,serial=tools"]);
+        }
+        Process::spawn(qemu)
+    }
+}
+
+/// A running guest that takes commands; killed when dropped.
+pub struct Guest {
+    process: Process,
+    log: PathBuf,
+}
+
+impl Guest {
+    /// Runs a line of shell in the guest, to its end.
+    ///
+    /// # Errors
+    /// When it fails in the guest (the error carries what it said), or takes too long.
+    pub fn sh(&mut self, line: &str) -> Result<String> {
+        let Outcome { status, output } = self.try_sh(line)?;
+        if status != 0 {
+            bail!("in the guest, {line:?} ended with {status}: {output}\n{}", self.kernel_log());
+        }
+        Ok(output)
+    }
+
+    /// Runs a line of shell in the guest, to its end, whatever it is.
+    ///
+    /// # Errors
+    /// When the guest takes too long, or has gone.
+    pub fn try_sh(&mut self, line: &str) -> Result<Outcome> {
+        self.begin(line)?;
+        self.finish(COMMAND)
+    }
+
+    /// Begins a line of shell in the guest; [`Guest::finish`] waits for its end.
+    ///
+    /// # Errors
+    /// When the guest has gone.
+    pub fn begin(&mut self, line: &str) -> Result<()> {
+        assert!(!line.contains('\n') && line.len() < 4000, "one line that fits the terminal: {line:?}");
+        self.process.send(&format!("{line}\n"))
+    }
+
+    /// Waits for the end of what was begun.
+    ///
+    /// # Errors
+    /// When `limit` passes first, or the guest has gone.
+    pub fn finish(&mut self, limit: Duration) -> Result<Outcome> {
+        let said = self.said(limit)?;
+        let (output, status) = said.split_once("@@end ").context("an end without its mark")?;
+        Ok(Outcome { status: status.trim().parse()?, output: output.to_owned() })
+    }
+
+    fn said(&self, limit: Duration) -> Result<String> {
+        let stdout = &self.process.stdout;
+        let waited =
+            stdout.wait_for("@@end ", limit).and_then(|text| Ok(text + &stdout.wait_for("\n", limit)?));
+        waited.with_context(|| self.last_words())
+    }
+
+    /// A program of the tools disk with its arguments, as a line for [`Guest::sh`].
+    ///
+    /// # Panics
+    /// When the tools disk has no such program.
+    pub fn tool(line: &str) -> String {
+        let (name, arguments) = line.split_once(' ').unwrap_or((line, ""));
+        let path = tool_path(name).expect("a program of the tools disk");
+        format!("chroot /tools {path} {arguments}")
+    }
+
+    fn mount_tools(&mut self) -> Result<()> {
+        self.sh("tools=$(grep -l tools /sys/block/vd*/serial) && mount -t ext4 -o ro /dev/$(echo $tools | cut -d/ -f4) /tools")?;
+        self.sh(
+            "mount --bind /dev /tools/dev && mount -t proc proc /tools/proc && mount -t sysfs sys /tools/sys",
+        )?;
+        self.sh("mount -t tmpfs tmp /tools/tmp")?;
+        Ok(())
+    }
+
+    /// What the guest's kernel has said on its console: warnings and worse.
+    pub fn kernel_log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// What the guest says that is not an answer.
+    pub fn output(&self) -> &Transcript {
+        &self.process.stdout
+    }
+
+    fn last_words(&self) -> String {
+        format!("kernel: {}\nQEMU: {}", self.kernel_log(), self.process.stderr.text())
+    }
+
+    /// Powers the guest off, its filesystems synced, and waits for QEMU's end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn power_off(mut self) -> Result<ExitStatus> {
+        self.begin("sync; poweroff -f")?;
+        self.process.wait(COMMAND)
+    }
+
+    /// Kills QEMU at once, as `kill -9` does.
+    pub fn kill(mut self) {
+        self.process.kill();
+    }
+}
+
+/// A path in `scratch` that is not taken.
+fn tempfile_path(scratch: &Scratch, name: &str) -> Result<PathBuf> {
+    let dir = scratch.path("");
+    let (_, path) = tempfile::Builder::new().prefix(name).tempfile_in(Path::new(&dir))?.keep()?;
+    Ok(path)
+}

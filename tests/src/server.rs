@@ -1,0 +1,111 @@
+//! `vbd attach` as a process.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+
+use crate::{Disk, Process, command, vbd};
+
+/// How long a server may take to be ready, and to stop.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// How a file is served.
+#[derive(Clone, Debug)]
+pub struct Attach {
+    file: PathBuf,
+    vhost_user: Option<PathBuf>,
+    nbd: Option<String>,
+    queues: u16,
+    options: Vec<String>,
+}
+
+impl Attach {
+    /// Serves `file`, on nothing yet.
+    pub fn new(file: impl Into<PathBuf>) -> Self {
+        Self { file: file.into(), vhost_user: None, nbd: None, queues: 1, options: Vec::new() }
+    }
+
+    /// Over vhost-user-blk, on this socket.
+    pub fn vhost_user(mut self, socket: impl Into<PathBuf>) -> Self {
+        self.vhost_user = Some(socket.into());
+        self
+    }
+
+    /// Over NBD, on this unix socket.
+    pub fn nbd(mut self, socket: &Path) -> Self {
+        self.nbd = Some(format!("unix:{}", socket.display()));
+        self
+    }
+
+    /// With this many queues.
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// With one more option of `vbd attach`, as it is.
+    pub fn option(mut self, option: &str) -> Self {
+        self.options.push(option.to_owned());
+        self
+    }
+
+    /// Starts it; comes back when it is ready.
+    ///
+    /// # Errors
+    /// When it ends instead, or says nothing in time.
+    pub fn start(&self) -> Result<Server> {
+        let mut attach = command(vbd());
+        attach.arg("attach").arg(&self.file).args(&self.options);
+        if let Some(socket) = &self.vhost_user {
+            attach.arg("--vhost-user").arg(socket).arg("--queues").arg(self.queues.to_string());
+        }
+        if let Some(address) = &self.nbd {
+            attach.arg("--nbd").arg(address);
+        }
+        let process = Process::spawn(attach)?;
+        process.stdout.wait_for("\n", LIMIT).with_context(|| process.stderr.text())?;
+        Ok(Server { process })
+    }
+
+    /// The disk as a guest takes it.
+    ///
+    /// # Panics
+    /// When it is not served over vhost-user.
+    pub fn disk(&self) -> Disk {
+        Disk { socket: self.vhost_user.clone().expect("served over vhost-user"), queues: self.queues }
+    }
+}
+
+/// A running `vbd attach`; killed when dropped.
+pub struct Server {
+    process: Process,
+}
+
+impl Server {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Asks it to stop (SIGTERM) and waits for its end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn stop(mut self) -> Result<ExitStatus> {
+        self.process.signal(Signal::TERM)?;
+        self.process.wait(LIMIT)
+    }
+
+    /// Kills it at once, as `kill -9` does.
+    pub fn kill(mut self) {
+        self.process.kill();
+    }
+
+    /// What it has said on standard error.
+    pub fn stderr(&self) -> String {
+        self.process.stderr.text()
+    }
+}
