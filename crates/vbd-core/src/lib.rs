@@ -1,1 +1,33 @@
-//! Disk, channel, request and the ordering contract; file I/O, filters, errors.
+//! What a disk is: requests, channels, the ordering contract, and I/O on plain files.
+//!
+//! A [`Disk`] is known by name and may be idle. [`Disk::open`] takes its lease and gives a [`Session`], which any
+//! number of front-ends share; each of their queues asks the session for a [`Channel`] of its own, which belongs to one
+//! reactor thread and takes [`Request`]s without locks.
+//!
+//! # The ordering contract
+//!
+//! As for an NVMe disk:
+//! - Requests in flight have no order between them; a reader of a sector that is being written sees old or new.
+//! - A flush covers every request that had completed, on any channel of the session, when the flush was submitted.
+//! - FUA covers its own request, discards and zeroes too.
+//! - A failed flush is never retried into success: it and every later one fail until the disk is opened anew.
+//! - Every request comes back to its [`Sink`] exactly once, with every outcome; `submit` may complete it before it
+//!   returns.
+
+mod disk;
+mod error;
+pub mod file;
+pub mod filter;
+mod range_lock;
+mod request;
+mod statistics;
+
+pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
+pub use error::{Error, ErrorKind, Result};
+pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
+pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
+
+pub use vbd_ring::IoVec;
+
+/// The unit of every offset and length in a request: a sector of 512 bytes.
+pub const SECTOR: u64 = 512;

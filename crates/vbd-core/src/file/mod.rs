@@ -1,0 +1,1 @@
+//! I/O on plain files and block devices.

@@ -1,0 +1,1 @@
+//! Filters: channels in front of channels.

@@ -1,0 +1,1 @@
+//! Ranges that exclude each other.

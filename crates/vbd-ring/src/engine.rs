@@ -1,0 +1,161 @@
+//! What carries operations out: io_uring, or a thread pool where the kernel forbids it.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::reactor::Shared;
+use crate::threads::Threads;
+use crate::uring::Uring;
+use crate::{Completion, FileHandle, Op, OpId};
+
+/// Which engine a reactor uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// io_uring, or threads with one warning in the log where it cannot be had.
+    #[default]
+    Auto,
+    /// io_uring or an error.
+    Uring,
+    /// The thread pool.
+    Threads,
+}
+
+pub(crate) enum Engine {
+    Uring(Uring),
+    Threads(Threads),
+}
+
+impl Engine {
+    pub(crate) fn new(kind: EngineKind, shared: &Arc<Shared>) -> std::io::Result<Self> {
+        match kind {
+            EngineKind::Threads => Ok(Engine::Threads(Threads::new(shared.clone()))),
+            EngineKind::Uring => Ok(Engine::Uring(Uring::new()?)),
+            EngineKind::Auto => match Uring::new() {
+                Ok(ring) => Ok(Engine::Uring(ring)),
+                Err(error) => {
+                    static WARNED: std::sync::Once = std::sync::Once::new();
+                    WARNED.call_once(|| {
+                        tracing::warn!(
+                            "io_uring is not available here ({error}); using a thread pool, which is slower \
+                             (see kernel.io_uring_disabled and the container's seccomp profile)"
+                        );
+                    });
+                    Ok(Engine::Threads(Threads::new(shared.clone())))
+                }
+            },
+        }
+    }
+
+    pub(crate) fn is_uring(&self) -> bool {
+        matches!(self, Engine::Uring(_))
+    }
+
+    /// # Safety
+    /// The pointers in `op` stay valid until the operation's result was reaped.
+    pub(crate) unsafe fn start(&mut self, id: OpId, file: &FileHandle, op: &Op) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match self {
+                Engine::Uring(ring) => ring.start(id, file, op),
+                Engine::Threads(threads) => threads.start(id, file, op),
+            }
+        }
+    }
+
+    pub(crate) fn cancel(&mut self, id: OpId) {
+        match self {
+            Engine::Uring(ring) => ring.cancel(id),
+            Engine::Threads(threads) => threads.cancel(id),
+        }
+    }
+
+    /// Hands what was started to the kernel, and takes what has finished.
+    pub(crate) fn reap(&mut self, done: &mut Vec<(OpId, i32)>) {
+        match self {
+            Engine::Uring(ring) => ring.reap(done),
+            Engine::Threads(threads) => threads.reap(done, Some(Duration::ZERO)),
+        }
+    }
+
+    /// As [`reap`](Self::reap), and sleeps until there is something or the time is over.
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<(OpId, i32)>) {
+        match self {
+            Engine::Uring(ring) => ring.wait(timeout, done),
+            Engine::Threads(threads) => threads.reap(done, timeout),
+        }
+    }
+
+    pub(crate) fn register(&mut self, fd: &OwnedFd) -> Option<u32> {
+        match self {
+            Engine::Uring(ring) => ring.register(fd),
+            Engine::Threads(_) => None,
+        }
+    }
+
+    pub(crate) fn unregister(&mut self, slot: u32) {
+        if let Engine::Uring(ring) = self {
+            ring.unregister(slot);
+        }
+    }
+}
+
+/// An operation in flight: who receives its result. Holds the file so that its descriptor stays open.
+struct Flight {
+    sink: Rc<dyn Completion>,
+    token: u64,
+    /// Waits for somebody else (a socket, an eventfd), perhaps for ever.
+    waits: bool,
+    _file: Option<FileHandle>,
+}
+
+/// The operations in flight, by slot and generation.
+#[derive(Default)]
+pub(crate) struct Flights {
+    slots: Vec<(u32, Option<Flight>)>,
+    free: Vec<u32>,
+}
+
+impl Flights {
+    pub(crate) fn add(
+        &mut self,
+        sink: Rc<dyn Completion>,
+        token: u64,
+        waits: bool,
+        file: Option<FileHandle>,
+    ) -> OpId {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push((0, None));
+            u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 operations fit in memory")
+        });
+        let entry = &mut self.slots[slot as usize];
+        entry.1 = Some(Flight { sink, token, waits, _file: file });
+        OpId(u64::from(entry.0) << 32 | u64::from(slot))
+    }
+
+    pub(crate) fn take(&mut self, id: OpId) -> Option<(Rc<dyn Completion>, u64)> {
+        let (slot, generation) = (id.0 & 0xffff_ffff, id.0 >> 32);
+        let entry = self.slots.get_mut(usize::try_from(slot).ok()?)?;
+        if u64::from(entry.0) != generation {
+            return None;
+        }
+        let flight = entry.1.take()?;
+        // The top values are kept for the engine's own entries.
+        entry.0 = (entry.0 + 1) & 0x7fff_ffff;
+        self.free.push(u32::try_from(slot).ok()?);
+        Some((flight.sink, flight.token))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// The operations in flight that wait for somebody else, or all of them.
+    pub(crate) fn ids(&self, all: bool) -> Vec<OpId> {
+        let slots = self.slots.iter().enumerate();
+        let chosen =
+            slots.filter(|(_, (_, flight))| flight.as_ref().is_some_and(|flight| all || flight.waits));
+        chosen.map(|(slot, (generation, _))| OpId(u64::from(*generation) << 32 | slot as u64)).collect()
+    }
+}
