@@ -1,0 +1,59 @@
+//! `cargo xtask test`: the whole workspace's tests, after setup.
+
+use std::env;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// Which tests to run.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only tests whose name contains this; `guests` means the end-to-end tests alone
+    filter: Option<String>,
+}
+
+/// Builds everything, then runs the tests: examples in the documentation first, the rest with nextest
+/// where that is installed.
+///
+/// # Errors
+/// When a build or a test fails.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    crate::setup::run()?;
+    let vbd = build("vbd", "dev")?;
+    let filter = match args.filter.as_deref() {
+        None => vec!["--workspace"],
+        Some("guests") => vec!["--package", "vbd-tests"],
+        Some(filter) => vec!["--workspace", filter],
+    };
+    let has_nextest = cargo(&["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
+    if has_nextest {
+        run_to_end(cargo(&["test", "--locked", "--quiet", "--doc"]).args(&filter))?;
+    }
+    let runner: &[&str] = if has_nextest { &["nextest", "run"] } else { &["test"] };
+    run_to_end(cargo(runner).arg("--locked").args(&filter).env("VBD_BIN", vbd))
+}
+
+/// Builds the command `package` under `profile`, and gives its path.
+///
+/// # Errors
+/// When it does not build.
+pub(crate) fn build(package: &str, profile: &str) -> Result<std::path::PathBuf> {
+    run_to_end(&mut cargo(&["build", "--locked", "--package", package, "--profile", profile]))?;
+    let dir = if profile == "dev" { "debug" } else { profile };
+    Ok(vbd_tests::target_dir().join(dir).join(package))
+}
+
+/// The cargo that runs this, with `arguments`.
+fn cargo(arguments: &[&str]) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(arguments);
+    cargo
+}
+
+fn run_to_end(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("starting {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?}: {status}");
+    }
+    Ok(())
+}
