@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::tools::{tool_path, tools_disk};
-use crate::{Initramfs, Kernel, Process, Scratch, Transcript, command};
+use crate::{Initramfs, Kernel, Process, Scratch, command};
 
 /// How long a guest may take to boot: ten times what it needs when the machine is quiet.
 const BOOT: Duration = Duration::from_secs(120);
@@ -179,6 +179,11 @@ impl Guest {
         waited.with_context(|| self.last_words())
     }
 
+    /// Whether what was begun has not ended yet.
+    pub fn is_busy(&self) -> bool {
+        !self.process.stdout.unread().contains("@@end ")
+    }
+
     /// A program of the tools disk with its arguments, as a line for [`Guest::sh`].
     ///
     /// # Panics
@@ -201,11 +206,6 @@ impl Guest {
     /// What the guest's kernel has said on its console: warnings and worse.
     pub fn kernel_log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    /// What the guest says that is not an answer.
-    pub fn output(&self) -> &Transcript {
-        &self.process.stdout
     }
 
     fn last_words(&self) -> String {

@@ -45,7 +45,11 @@ pub fn run<A: AsRef<OsStr>>(
 ) -> Result<Finished> {
     let mut started = command(program);
     started.args(arguments);
-    let mut process = Process::spawn(started)?;
+    finish(Process::spawn(started)?, limit)
+}
+
+/// Waits for the end of a process that gets no input.
+pub(crate) fn finish(mut process: Process, limit: Duration) -> Result<Finished> {
     drop(process.stdin.take());
     let status = process.wait(limit)?;
     let (stdout, stderr) = (process.stdout.finish(LAST_WORDS), process.stderr.finish(LAST_WORDS));

@@ -1,5 +1,6 @@
-//! `vbd attach` as a process.
+//! vbd as a server, and its other verbs, each test's apart from every other's.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -7,14 +8,33 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::process::Signal;
 
-use crate::{Disk, Process, command, vbd};
+use crate::process::finish;
+use crate::{Disk, Finished, Process, Scratch, command, vbd};
 
 /// How long a server may take to be ready, and to stop.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long a verb that ends by itself may take.
+const VERB: Duration = Duration::from_secs(120);
+
+impl Scratch {
+    /// Runs a verb of vbd to its end, with this directory's sockets as the runtime directory.
+    ///
+    /// # Errors
+    /// When it cannot be started, or does not end in time.
+    pub fn vbd<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
+        finish(Process::spawn(self.command(arguments))?, VERB)
+    }
+
+    fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> std::process::Command {
+        let mut vbd = command(vbd());
+        vbd.args(arguments).env("XDG_RUNTIME_DIR", self.socket(""));
+        vbd
+    }
+}
 
 /// How a file is served.
-#[derive(Clone, Debug)]
-pub struct Attach {
+pub struct Attach<'a> {
+    scratch: &'a Scratch,
     file: PathBuf,
     vhost_user: Option<PathBuf>,
     nbd: Option<String>,
@@ -22,10 +42,10 @@ pub struct Attach {
     options: Vec<String>,
 }
 
-impl Attach {
+impl<'a> Attach<'a> {
     /// Serves `file`, on nothing yet.
-    pub fn new(file: impl Into<PathBuf>) -> Self {
-        Self { file: file.into(), vhost_user: None, nbd: None, queues: 1, options: Vec::new() }
+    pub fn new(scratch: &'a Scratch, file: impl Into<PathBuf>) -> Self {
+        Self { scratch, file: file.into(), vhost_user: None, nbd: None, queues: 1, options: Vec::new() }
     }
 
     /// Over vhost-user-blk, on this socket.
@@ -46,7 +66,7 @@ impl Attach {
         self
     }
 
-    /// With one more option of `vbd attach`, as it is.
+    /// With one more word of `vbd attach`, as it is.
     pub fn option(mut self, option: &str) -> Self {
         self.options.push(option.to_owned());
         self
@@ -57,8 +77,8 @@ impl Attach {
     /// # Errors
     /// When it ends instead, or says nothing in time.
     pub fn start(&self) -> Result<Server> {
-        let mut attach = command(vbd());
-        attach.arg("attach").arg(&self.file).args(&self.options);
+        let mut attach = self.scratch.command(["attach"]);
+        attach.arg(&self.file).args(&self.options);
         if let Some(socket) = &self.vhost_user {
             attach.arg("--vhost-user").arg(socket).arg("--queues").arg(self.queues.to_string());
         }
@@ -79,7 +99,7 @@ impl Attach {
     }
 }
 
-/// A running `vbd attach`; killed when dropped.
+/// A running server; killed when dropped.
 pub struct Server {
     process: Process,
 }

@@ -85,6 +85,12 @@ impl Transcript {
         String::from_utf8_lossy(&said.text).into_owned()
     }
 
+    /// What was said after what was waited for.
+    pub fn unread(&self) -> String {
+        let said = self.said();
+        String::from_utf8_lossy(&said.text[said.read..]).into_owned()
+    }
+
     /// All that was said so far.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.said().text).into_owned()
