@@ -1,3 +1,7 @@
 //! Image files: create, inspect, map, lock, and the raw format.
 
+mod clock;
+pub mod host;
+pub mod lease;
+pub mod open;
 pub mod size;

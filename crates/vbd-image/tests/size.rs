@@ -127,7 +127,7 @@ proptest! {
     fn people_see_what_is_there_within_a_twentieth(n in 1u64..) {
         let text = Human(n).to_string();
         let (number, unit) = text.split_once(' ').unwrap();
-        let power = "BKMGTPE".find(&unit[..1]).unwrap() as i32;
+        let power = i32::try_from("BKMGTPE".find(&unit[..1]).unwrap()).unwrap();
         let shown = number.parse::<f64>().unwrap() * 1024f64.powi(power);
         prop_assert!((shown - n as f64).abs() <= n as f64 / 20.0, "{} for {}", text, n);
     }
