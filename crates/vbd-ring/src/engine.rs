@@ -23,7 +23,7 @@ pub enum EngineKind {
 }
 
 pub(crate) enum Engine {
-    Uring(Uring),
+    Uring(Box<Uring>),
     Threads(Threads),
 }
 
@@ -31,9 +31,9 @@ impl Engine {
     pub(crate) fn new(kind: EngineKind, shared: &Arc<Shared>) -> std::io::Result<Self> {
         match kind {
             EngineKind::Threads => Ok(Engine::Threads(Threads::new(shared.clone()))),
-            EngineKind::Uring => Ok(Engine::Uring(Uring::new()?)),
+            EngineKind::Uring => Ok(Engine::Uring(Box::new(Uring::new()?))),
             EngineKind::Auto => match Uring::new() {
-                Ok(ring) => Ok(Engine::Uring(ring)),
+                Ok(ring) => Ok(Engine::Uring(Box::new(ring))),
                 Err(error) => {
                     static WARNED: std::sync::Once = std::sync::Once::new();
                     WARNED.call_once(|| {

@@ -1,13 +1,8 @@
 //! Descriptors as a reactor knows them.
 
-use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-
-/// The slots of the ring's table of registered files that are free.
-#[derive(Default)]
-pub(crate) struct FreeSlots(pub(crate) RefCell<Vec<u32>>);
 
 /// A descriptor that operations can be submitted on, registered with the ring where a slot was free. Cheap to clone.
 #[derive(Clone)]

@@ -12,19 +12,53 @@ pub type IoVec = libc::iovec;
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
     /// preadv(2). At most `IOV_MAX` (1024) pieces.
-    Read { iov: *const IoVec, count: u32, offset: u64 },
-    /// pwritev2(2); with `dsync` durable when it completes (RWF_DSYNC).
-    Write { iov: *const IoVec, count: u32, offset: u64, dsync: bool },
+    Read {
+        /// The first piece.
+        iov: *const IoVec,
+        /// Number of pieces.
+        count: u32,
+        /// Where in the file.
+        offset: u64,
+    },
+    /// pwritev2(2).
+    Write {
+        /// The first piece.
+        iov: *const IoVec,
+        /// Number of pieces.
+        count: u32,
+        /// Where in the file.
+        offset: u64,
+        /// Durable when it completes (RWF_DSYNC).
+        dsync: bool,
+    },
     /// fdatasync(2).
     Sync,
-    /// fallocate(2) with its mode flags.
-    Fallocate { mode: i32, offset: u64, len: u64 },
+    /// fallocate(2).
+    Fallocate {
+        /// FALLOC_FL_ flags.
+        mode: i32,
+        /// Where in the file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Wait once until one of the poll(2) events holds; the result is the set that does.
-    Poll { events: i16 },
+    Poll {
+        /// POLLIN, POLLOUT, ...
+        events: i16,
+    },
     /// recv(2) into one buffer; 0 means the peer has closed.
-    Recv { buffer: *mut u8, len: usize },
+    Recv {
+        /// Its start.
+        buffer: *mut u8,
+        /// Its length.
+        len: usize,
+    },
     /// sendmsg(2); may send less than asked.
-    Send { message: *const libc::msghdr },
+    Send {
+        /// The message with its pieces.
+        message: *const libc::msghdr,
+    },
     /// accept4(2) with SOCK_CLOEXEC; the result is a new descriptor that the sink owns.
     Accept,
 }

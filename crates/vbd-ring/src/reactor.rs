@@ -38,6 +38,9 @@ impl Default for Settings {
     }
 }
 
+/// A result to deliver later in the turn.
+type Deferred = (Rc<dyn Completion>, u64, i32);
+
 type Post = Box<dyn FnOnce(&Local) + Send>;
 
 /// What other threads have for a reactor.
@@ -191,7 +194,7 @@ struct Inner {
     engine: RefCell<Engine>,
     flights: RefCell<Flights>,
     timers: RefCell<Timers>,
-    deferred: RefCell<Vec<(Rc<dyn Completion>, u64, i32)>>,
+    deferred: RefCell<Vec<Deferred>>,
     active: RefCell<Vec<Rc<dyn Poller>>>,
     tasks: Tasks,
     now: Cell<Instant>,
@@ -400,11 +403,10 @@ impl Local {
                 break;
             }
             let now = self.0.now.get();
-            if !self.0.active.borrow().is_empty() && !self.0.spin.get().is_zero() {
-                if now < *spin_until.get_or_insert(now + self.0.spin.get()) {
-                    std::hint::spin_loop();
-                    continue;
-                }
+            let may_spin = !self.0.active.borrow().is_empty() && !self.0.spin.get().is_zero();
+            if may_spin && now < *spin_until.get_or_insert(now + self.0.spin.get()) {
+                std::hint::spin_loop();
+                continue;
             }
             spin_until = None;
             let was_active = !self.0.active.borrow().is_empty();

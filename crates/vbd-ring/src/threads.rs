@@ -73,9 +73,9 @@ impl Threads {
         }
         for index in (0..set.len()).rev().filter(|index| set[*index].revents != 0).collect::<Vec<_>>() {
             let (id, file, op) = &self.waiting[index];
-            // SAFETY: by the contract of `start`.
             let result = match op {
                 Op::Poll { .. } => i32::from(set[index].revents),
+                // SAFETY: by the contract of `start`.
                 op => unsafe { execute(file.as_fd(), op) },
             };
             if result != -libc::EAGAIN {

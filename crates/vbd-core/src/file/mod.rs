@@ -1,1 +1,302 @@
-//! I/O on plain files and block devices.
+//! I/O on plain files and block devices: everything a format needs from the storage below.
+//!
+//! A [`Backend`] is an open file that many queues share; [`Backend::channel`] gives one of them its way to it.
+//! Aligned requests go straight from guest memory to the ring ([`channel`]); what does not fit the storage's alignment,
+//! is too long, or came back short, takes the slow path ([`transfer`], [`space`]).
+
+mod alignment;
+mod buffer;
+mod channel;
+mod faults;
+mod space;
+mod transfer;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vbd_ring::Local;
+
+pub use alignment::Alignment;
+pub use channel::FileChannel;
+pub use faults::{Fault, Faults};
+
+use crate::range_lock::RangeLocks;
+use crate::{Capabilities, Channel, Error, ErrorKind, Geometry, Result, SECTOR};
+
+/// Whether the host's page cache stands between guest and storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// O_DIRECT where the filesystem has it; [`Backend::is_direct`] tells. A flush makes writes durable.
+    #[default]
+    None,
+    /// Through the page cache. A flush makes writes durable.
+    Writeback,
+    /// Through the page cache; every write is durable when it completes.
+    Writethrough,
+}
+
+/// How to open a file.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Use of the page cache.
+    pub cache: Cache,
+    /// Errors to inject below the channel, for tests.
+    pub faults: Option<Arc<dyn Faults>>,
+}
+
+/// The longest fallocate in one call, in bytes, so that none holds up the file for long.
+const SPACE_STEP: u64 = 256 << 20;
+/// The longest discard or write-zeroes that guests are told to ask for, in bytes.
+const SPACE_MOST: u64 = 2 << 30;
+
+/// An open file that queues share.
+pub struct Backend {
+    label: String,
+    /// For data: O_DIRECT if it can be had.
+    data: Arc<OwnedFd>,
+    /// For the last block of a file whose size does not fit the alignment. The same as `data` without O_DIRECT.
+    buffered: Arc<OwnedFd>,
+    alignment: Alignment,
+    direct: bool,
+    in_memory: bool,
+    block_device: bool,
+    read_only: bool,
+    cache: Cache,
+    block: u32,
+    /// Capacity in bytes: the file's size rounded up to a sector.
+    size: AtomicU64,
+    /// From here on, only the page cache can reach the bytes; a multiple of the alignment.
+    tail: AtomicU64,
+    locks: Arc<RangeLocks>,
+    flush_failed: AtomicBool,
+    can_punch: AtomicBool,
+    can_zero: AtomicBool,
+    faults: Option<Arc<dyn Faults>>,
+}
+
+impl Backend {
+    /// Opens the file or block device at `path`. Takes no lease. A block device is opened for writing with O_EXCL, so
+    /// that one which is mounted or otherwise in use is refused.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or is neither a regular file nor a block device, or is empty.
+    pub fn open(path: &Path, options: Options) -> Result<Arc<Backend>> {
+        let label = path.display().to_string();
+        let open = |flags: i32| {
+            File::options()
+                .read(true)
+                .write(!options.read_only)
+                .custom_flags(libc::O_CLOEXEC | flags)
+                .open(path)
+        };
+        let opened = |error| Error::io("cannot open", error).of(&label);
+        let probe = File::options().read(true).custom_flags(libc::O_PATH).open(path).map_err(opened)?;
+        let kind = probe.metadata().map_err(opened)?.file_type();
+        let exclusive = if kind.is_block_device() && !options.read_only { libc::O_EXCL } else { 0 };
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "a directory" } else { "not a regular file" };
+            let message = format!("is {what}; a disk is a regular file or a block device");
+            return Err(Error::new(ErrorKind::Corrupt, message).of(label));
+        }
+        let buffered = open(exclusive).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                Error::new(ErrorKind::Busy, "the block device is in use (mounted, or part of a volume)")
+                    .of(&label)
+            }
+            _ => opened(error),
+        })?;
+        // Only what was probed may be served.
+        if buffered.metadata().map_err(opened)?.ino() != probe.metadata().map_err(opened)?.ino() {
+            return Err(Error::new(ErrorKind::Corrupt, "was replaced while it was opened").of(label));
+        }
+        let in_memory = is_in_memory(&buffered);
+        let direct = match options.cache {
+            // A file in memory has no storage below to go to directly.
+            Cache::None if !in_memory => reopen_direct(&buffered, options.read_only).ok(),
+            _ => None,
+        };
+        Self::new(label, buffered.into(), direct, in_memory, kind.is_block_device(), options)
+    }
+
+    fn new(
+        label: String,
+        buffered: OwnedFd,
+        direct: Option<OwnedFd>,
+        in_memory: bool,
+        block_device: bool,
+        options: Options,
+    ) -> Result<Arc<Backend>> {
+        let alignment = match &direct {
+            Some(fd) => Alignment::of(fd.as_fd()),
+            None => Alignment::ANY,
+        };
+        let buffered = Arc::new(buffered);
+        let is_direct = direct.is_some();
+        let backend = Backend {
+            data: direct.map_or_else(|| buffered.clone(), Arc::new),
+            block: alignment::preferred_block(buffered.as_fd()),
+            buffered,
+            alignment,
+            direct: is_direct,
+            in_memory,
+            block_device,
+            read_only: options.read_only,
+            cache: options.cache,
+            size: AtomicU64::new(0),
+            tail: AtomicU64::new(0),
+            locks: Arc::default(),
+            flush_failed: AtomicBool::new(false),
+            can_punch: AtomicBool::new(true),
+            can_zero: AtomicBool::new(true),
+            faults: options.faults,
+            label,
+        };
+        let len = backend
+            .file_len()
+            .map_err(|error| Error::io("cannot tell the size", error).of(&backend.label))?;
+        if len == 0 {
+            return Err(
+                Error::new(ErrorKind::Corrupt, "is empty; a disk has at least one sector").of(backend.label)
+            );
+        }
+        backend.set_size(len);
+        Ok(Arc::new(backend))
+    }
+
+    /// Capacity in bytes, a multiple of 512. A file's last, partial sector counts whole; its missing bytes read as
+    /// zeroes, and a write to it completes the file's last sector.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether the page cache is passed by.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether the file lives in memory (tmpfs, ramfs): then I/O is done at once, without the ring.
+    pub fn is_in_memory(&self) -> bool {
+        self.in_memory
+    }
+
+    /// What the storage asks of offsets, lengths and memory.
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// Whether this is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// The descriptor, for locks and for looking at the file.
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        self.buffered.clone()
+    }
+
+    /// Sizes as a disk tells them.
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.size(),
+            block_size: 512,
+            physical_block_size: self.block.max(512),
+            optimal_size: 0,
+            discard_granularity: self.block.max(512),
+            max_discard: SPACE_MOST,
+            max_zeroes: SPACE_MOST,
+        }
+    }
+
+    /// Abilities as a disk tells them.
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            read_only: self.read_only,
+            write_cache: self.cache != Cache::Writethrough,
+            discard: !self.read_only && self.can_punch.load(Ordering::Relaxed),
+            fast_zeroes: !self.read_only && self.can_zero.load(Ordering::Relaxed),
+            grow: !self.read_only && !self.block_device,
+        }
+    }
+
+    /// The way of one queue to this file.
+    pub fn channel(self: Arc<Self>, local: &Local) -> Rc<dyn Channel> {
+        FileChannel::new(self, local)
+    }
+
+    /// Makes the file larger. A block device cannot be; for one that has grown, this takes the new size over.
+    ///
+    /// # Errors
+    /// See [`Session::grow`](crate::Session::grow).
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, message).of(&self.label));
+        let failed = |error| Error::io(format!("cannot grow to {size} bytes"), error).of(&self.label);
+        if !size.is_multiple_of(SECTOR) {
+            return refuse(format!("{size} bytes are no multiple of 512"));
+        }
+        if size < self.size() {
+            return refuse(format!(
+                "{size} bytes are less than the {} it has; a disk only grows",
+                self.size()
+            ));
+        }
+        if self.read_only {
+            return refuse("is open for reading only".into());
+        }
+        if self.block_device {
+            let len = self.file_len().map_err(failed)?;
+            if size > len {
+                return refuse(format!("the device has {len} bytes; grow the volume first"));
+            }
+        } else {
+            rustix::fs::ftruncate(&self.buffered, size).map_err(|error| failed(error.into()))?;
+        }
+        self.set_size(size);
+        Ok(())
+    }
+
+    fn set_size(&self, len: u64) {
+        let size = len.next_multiple_of(SECTOR);
+        let whole = len / SECTOR * SECTOR;
+        // The tail first: a request that sees the new size must not take the old tail for the direct path.
+        self.tail.store(whole / self.alignment.offset * self.alignment.offset, Ordering::Release);
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Whether some requests cannot be carried out without reading what lies beside them.
+    fn has_partial_blocks(&self) -> bool {
+        self.alignment.offset > SECTOR || self.tail.load(Ordering::Acquire) < self.size()
+    }
+
+    fn file_len(&self) -> io::Result<u64> {
+        if !self.block_device {
+            return Ok(rustix::fs::fstat(&self.buffered)?.st_size.cast_unsigned());
+        }
+        let mut bytes = 0u64;
+        // SAFETY: BLKGETSIZE64 writes one u64.
+        if unsafe { libc::ioctl(self.buffered.as_raw_fd(), alignment::BLKGETSIZE64, &raw mut bytes) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(bytes)
+    }
+}
+
+/// Opens the same file once more with O_DIRECT, by its descriptor so that it cannot be another one.
+fn reopen_direct(file: &File, read_only: bool) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = libc::O_CLOEXEC | libc::O_DIRECT;
+    Ok(File::options().read(true).write(!read_only).custom_flags(flags).open(path)?.into())
+}
+
+fn is_in_memory(file: &File) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(stat.f_type, TMPFS | RAMFS))
+}
