@@ -1,0 +1,214 @@
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::told;
+use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, toml};
+
+fn read(text: &str) -> Config {
+    toml::parse(text, Path::new("/etc/vbd/vm1.toml")).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn refused(text: &str) -> String {
+    told(&toml::parse(text, Path::new("/etc/vbd/vm1.toml")).expect_err(text))
+}
+
+#[test]
+fn one_disk_needs_a_path_alone() {
+    let config = read("runtime-dir = '/r'\n[[disk]]\npath = 'images/vm1.img'\n");
+    let [disk] = &config.disks[..] else { panic!("one disk") };
+    assert_eq!(disk.path, Path::new("/etc/vbd/images/vm1.img"));
+    assert_eq!((disk.name.as_str(), disk.serial.as_str()), ("vm1.img", "vm1.img"));
+    assert_eq!((disk.access, disk.cache, disk.queues), (Access::ReadWrite, CacheMode::None, None));
+    assert_eq!(disk.vhost_user.as_deref(), Some(Path::new("/r/vm1.img.sock")));
+    assert_eq!((disk.nbd.as_deref(), disk.discard, disk.cdrom), (None, true, false));
+    assert_eq!(disk.position.unwrap().line, 2);
+    assert!(config.warnings.is_empty());
+}
+
+#[test]
+fn everything_at_once() {
+    let config = read(
+        r#"
+runtime-dir = "run"
+reactors = 2
+
+[limits]
+max-devices = 3
+max-queues = 8
+
+[nbd]
+listen = ["unix:nbd.sock", "[::1]:10809"]
+max-clients = 5
+memory = "64M"
+tls = { certificate = "c.pem", key = "/k.pem", client-ca = "ca.pem", required = false }
+
+[[disk]]
+name = "root"
+path = "/srv/root"
+format = "raw"
+access = "w!"
+vdev = "xvda"
+cache = "writethrough"
+queues = 8
+vhost-user = "/run/root.sock"
+nbd = "export"
+serial = "ABC 1"
+discard = false
+direct-io-safe = true
+
+[[disk]]
+path = "/srv/cd.iso"
+cdrom = true
+vhost-user = false
+
+[[disk]]
+path = "/srv/log"
+nbd = false
+"#,
+    );
+    assert_eq!(config.runtime_dir, Path::new("/etc/vbd/run"));
+    assert_eq!(
+        (config.reactors.unwrap().get(), config.limits.max_devices, config.limits.max_queues),
+        (2, 3, 8)
+    );
+    let nbd = config.nbd.unwrap();
+    let unix = NbdAddress::Unix("/etc/vbd/nbd.sock".into());
+    assert_eq!(nbd.listen, [unix, NbdAddress::Tcp { host: "::1".into(), port: 10809 }]);
+    assert_eq!((nbd.max_clients, nbd.memory), (5, 64 << 20));
+    let tls = nbd.tls.unwrap();
+    assert_eq!(
+        (tls.certificate.as_path(), tls.key.as_path()),
+        (Path::new("/etc/vbd/c.pem"), Path::new("/k.pem"))
+    );
+    assert_eq!((tls.client_ca.as_deref(), tls.required), (Some(Path::new("/etc/vbd/ca.pem")), false));
+    let [root, cd, log] = &config.disks[..] else { panic!("three disks") };
+    assert_eq!(
+        (root.name.as_str(), root.access, root.cache),
+        ("root", Access::ReadWriteForce, CacheMode::Writethrough)
+    );
+    assert_eq!((root.vdev.unwrap().number(), root.queues, root.serial.as_str()), (51712, Some(8), "ABC 1"));
+    assert_eq!(root.vhost_user.as_deref(), Some(Path::new("/run/root.sock")));
+    assert_eq!((root.nbd.as_deref(), root.discard, root.direct_io_safe), (Some("export"), false, true));
+    assert_eq!(
+        (cd.access, cd.vhost_user.as_deref(), cd.nbd.as_deref()),
+        (Access::ReadOnly, None, Some("cd.iso"))
+    );
+    assert_eq!(log.nbd, None);
+}
+
+#[test]
+fn the_defaults_of_the_nbd_server() {
+    let nbd = read("nbd.listen = 'localhost:1'\n[[disk]]\npath = '/a'").nbd.unwrap();
+    assert_eq!((nbd.max_clients, nbd.memory, nbd.tls), (NbdConfig::MAX_CLIENTS, NbdConfig::MEMORY, None));
+    let config = read("nbd.listen = '0.0.0.0:10809'");
+    let warning = config.warnings[0].to_string();
+    assert_eq!(
+        warning,
+        "1:14: whoever reaches 0.0.0.0:10809 can read and write the disks: [nbd.tls] would keep them out"
+    );
+}
+
+#[test]
+fn mistakes_have_a_line_a_column_and_a_remedy() {
+    for (text, error) in [
+        ("disk = 1", "1:8 invalid type: integer `1`, expected a sequence"),
+        ("[[disk]\npath = '/a'", "1:8 unclosed array table, expected `]`"),
+        ("[[disk]]\npth = '/a'", "2:1 unknown key `pth`"),
+        ("[[disk]]\nname = 'a'", "1:1 missing key `path`"),
+        ("[[disk]]\npath = ''", "2:8 an empty path names nothing"),
+        ("[[disk]]\npath = '/'", "2:8 / names no file"),
+        ("[[disk]]\npath = \"/a\\u0000\"", "2:8 a path has no NUL character in it"),
+        ("[[disk]]\npath = '/a'\nname = 'b/c'", "3:8 a disk's name has no `/` in it"),
+        ("[[disk]]\npath = '/a'\nformat = 'qcow2'", "3:10 format `qcow2` is not supported yet, only `raw`"),
+        ("[[disk]]\npath = '/a'\nformat = 'x'", "3:10 unknown format `x`: write `raw`"),
+        ("[[disk]]\npath = '/a'\naccess = 'x'", "3:10 unknown access `x`: it is `r`, `w`, or `w!`"),
+        (
+            "[[disk]]\npath = '/a'\ncache = 'x'",
+            "3:9 unknown cache mode `x`: it is `none`, `writeback` or `writethrough`",
+        ),
+        ("[[disk]]\npath = '/a'\nvdev = 'x'", "3:8 `x` names no virtual device"),
+        ("[[disk]]\npath = '/a'\nqueues = 0", "3:10 0 queues cannot be had: it is a number from 1 to 128"),
+        ("[[disk]]\npath = '/a'\nqueues = -1", "3:10 invalid value: integer `-1`, expected u16"),
+        (
+            "limits.max-queues = 2\n[[disk]]\npath = '/a'\nqueues = 3",
+            "4:10 3 queues cannot be had: it is a number from 1 to 2",
+        ),
+        (
+            "[[disk]]\npath = '/a'\nserial = 'abcdefghijklmnopqrstu'",
+            "3:10 a serial number of 21 bytes is too long: 20 are allowed",
+        ),
+        ("[[disk]]\npath = '/a'\nserial = 'ä'", "3:10 a serial number has printable ASCII characters only"),
+        (
+            "[[disk]]\npath = '/a'\nnbd = true",
+            "3:7 no NBD server listens: add [nbd] with `listen = \"unix:nbd.sock\"`",
+        ),
+        (
+            "[[disk]]\npath = '/a'\nnbd = 1",
+            "3:7 invalid type: integer `1`, expected true, false or a name in quotes",
+        ),
+        (
+            "[[disk]]\npath = '/a'\nvhost-user = false",
+            "1:1 nobody could use `a`: leave it `vhost-user` or `nbd`",
+        ),
+        ("reactors = 0", "1:12 invalid value: integer `0`, expected a nonzero usize"),
+        ("nbd = {}", "1:7 missing key `listen`"),
+        ("nbd.listen = []", "1:14 the NBD server listens nowhere: name an address, or leave out [nbd]"),
+        ("nbd.listen = 'unix:'", "1:14 `unix:` names no socket"),
+        ("nbd.listen = 'a'", "1:14 `a` has no port"),
+        ("nbd.listen = ['a:1', 'b:0']", "1:22 `0` is no port: it is a number from 1 to 65535"),
+        ("nbd.listen = ':1'", "1:14 `:1` has no host: write `0.0.0.0:1` to listen on every address"),
+        ("nbd.listen = '::1:1'", "1:14 `::1:1`: an IPv6 address stands in brackets"),
+        ("nbd = { listen = 'a:1', memory = 'x' }", "1:34 \"x\" is no size"),
+        (
+            "[[disk]]\npath = '/a'\n[[disk]]\npath = '/b/a'",
+            "3:1 another disk is called `a`: give one of them another `name` (the first is in line 1)",
+        ),
+        (
+            "limits.max-devices = 1\n[[disk]]\npath = '/a'\n[[disk]]\npath = '/b'",
+            "4:1 2 disks are more than `max-devices` allows (1): raise it in [limits]",
+        ),
+        (
+            "[[disk]]\npath='/a'\nname='x'\n[[disk]]\npath='/a'\naccess='r'",
+            "4:1 /a is the disk `x` (line 1) too",
+        ),
+        (
+            "[[disk]]\npath='/a'\nvhost-user='/s'\n[[disk]]\npath='/b'\nvhost-user='/s'",
+            "4:1 another disk has the socket /s: set another with `vhost-user = \"...\"` (the first is in line 1)",
+        ),
+        (
+            "nbd.listen='a:1'\n[[disk]]\npath='/a'\nnbd='x'\n[[disk]]\npath='/b'\nnbd='x'",
+            "5:1 another disk is exported as `x`: name one of the exports with `nbd = \"...\"`",
+        ),
+        (
+            "nbd.listen='unix:/s'\n[[disk]]\npath='/a'\nvhost-user='/s'",
+            "2:1 the NBD server has the socket /s already: name another",
+        ),
+    ] {
+        let told = refused(text);
+        assert!(told.starts_with(error), "{text}\n  is:        {told}\n  should be: {error}");
+    }
+    let long = format!("runtime-dir = '/{}'\n[[disk]]\npath = '/a'", "x".repeat(120));
+    let told = refused(&long);
+    assert!(told.starts_with("2:1 the socket path /xxx") && told.contains("has 128 bytes"), "{told}");
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_answered(text in "(?s).{0,200}") {
+        let _ = toml::parse(&text, Path::new("vm1.toml"));
+    }
+
+    #[test]
+    fn any_value_is_answered(
+        key in prop_oneof![
+            Just("path"), Just("name"), Just("format"), Just("access"), Just("vdev"), Just("queues"), Just("nbd"),
+            Just("vhost-user"), Just("serial"), Just("cache"), Just("size"), Just("build"), Just("tailor"),
+        ],
+        value in prop_oneof![
+            "'[^'\n]{0,30}'", "-?[0-9]{1,22}", Just("true".to_owned()), Just("[]".to_owned()), Just("{}".to_owned()),
+        ],
+    ) {
+        let _ = toml::parse(&format!("[[disk]]\npath = '/a'\n{key} = {value}\n"), Path::new("vm1.toml"));
+    }
+}

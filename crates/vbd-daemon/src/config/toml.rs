@@ -1,0 +1,329 @@
+//! The configuration in TOML. What each key means is in `docs/configuration.md`.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
+use toml::Spanned;
+use vbd_image::size::Size;
+
+use super::error::{ConfigError, Source};
+use super::model::{Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig};
+use super::vdev::Vdev;
+use super::{check, vhost_user_socket};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct FileTable {
+    runtime_dir: Option<PathText>,
+    reactors: Option<NonZeroUsize>,
+    #[serde(default)]
+    limits: LimitsTable,
+    nbd: Option<NbdTable>,
+    #[serde(default)]
+    disk: Vec<Spanned<DiskTable>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct LimitsTable {
+    max_devices: Option<NonZeroUsize>,
+    max_queues: Option<Spanned<u16>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct NbdTable {
+    listen: Spanned<Addresses>,
+    tls: Option<TlsTable>,
+    max_clients: Option<NonZeroUsize>,
+    memory: Option<Size>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct TlsTable {
+    certificate: PathText,
+    key: PathText,
+    client_ca: Option<PathText>,
+    required: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct DiskTable {
+    path: Spanned<PathText>,
+    name: Option<Spanned<String>>,
+    format: Option<Told<Format>>,
+    access: Option<Told<Access>>,
+    vdev: Option<Told<Vdev>>,
+    cdrom: Option<bool>,
+    cache: Option<Told<CacheMode>>,
+    queues: Option<Spanned<u16>>,
+    vhost_user: Option<Switch>,
+    nbd: Option<Spanned<Switch>>,
+    serial: Option<Spanned<String>>,
+    discard: Option<bool>,
+    direct_io_safe: Option<bool>,
+}
+
+/// Reads a configuration. Relative paths in it are relative to the directory of `file`, which is not read.
+///
+/// # Errors
+/// What is wrong, with its place: TOML that does not parse, unknown keys, values out of their bounds, disks
+/// that exclude each other.
+pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigError> {
+    let source = Source::new(file, text);
+    let table: FileTable =
+        toml::from_str(text).map_err(|e| source.error_in(e.span(), in_our_words(e.message())))?;
+    let mut config = Config { reactors: table.reactors, ..Config::default() };
+    if let Some(dir) = table.runtime_dir {
+        config.runtime_dir = dir.below(file);
+    }
+    config.limits = limits(&table.limits, &source)?;
+    config.nbd = table.nbd.map(|table| nbd(table, &source, &mut config)).transpose()?;
+    config.disks =
+        table.disk.into_iter().map(|table| disk(table, &source, &config)).collect::<Result<_, _>>()?;
+    check::all(&config, &source)?;
+    Ok(config)
+}
+
+/// serde speaks of fields where TOML has keys.
+fn in_our_words(message: &str) -> String {
+    message.replace("unknown field", "unknown key").replace("missing field", "missing key")
+}
+
+fn limits(table: &LimitsTable, source: &Source<'_>) -> Result<Limits, ConfigError> {
+    let mut limits = Limits::default();
+    if let Some(max_devices) = table.max_devices {
+        limits.max_devices = max_devices.get();
+    }
+    if let Some(max_queues) = &table.max_queues {
+        limits.max_queues = queues(max_queues, Limits::MAX_QUEUES, source)?;
+    }
+    Ok(limits)
+}
+
+fn queues(queues: &Spanned<u16>, most: u16, source: &Source<'_>) -> Result<u16, ConfigError> {
+    match *queues.get_ref() {
+        count if (1..=most).contains(&count) => Ok(count),
+        count => Err(source.error(
+            queues.span().start,
+            format!("{count} queues cannot be had: it is a number from 1 to {most}"),
+        )),
+    }
+}
+
+fn nbd(table: NbdTable, source: &Source<'_>, config: &mut Config) -> Result<NbdConfig, ConfigError> {
+    let at = table.listen.span().start;
+    let addresses = table.listen.into_inner().read(at).map_err(|(message, at)| source.error(at, message))?;
+    if addresses.is_empty() {
+        return Err(source.error(at, "the NBD server listens nowhere: name an address, or leave out [nbd]"));
+    }
+    let mut listen = Vec::with_capacity(addresses.len());
+    for (mut address, at) in addresses {
+        if let NbdAddress::Unix(path) = &mut address {
+            *path = below(source.file, path);
+            check::socket_path(path).map_err(|message| source.error(at, message))?;
+        } else if !address.is_local() && table.tls.is_none() {
+            let message = format!(
+                "whoever reaches {address} can read and write the disks: [nbd.tls] would keep them out"
+            );
+            config.warnings.push(source.warning(at, message));
+        }
+        if listen.contains(&address) {
+            return Err(source.error(at, format!("the NBD server listens on {address} already")));
+        }
+        listen.push(address);
+    }
+    let defaults = NbdConfig::new(listen);
+    Ok(NbdConfig {
+        tls: table.tls.map(|tls| TlsConfig {
+            certificate: tls.certificate.below(source.file),
+            key: tls.key.below(source.file),
+            client_ca: tls.client_ca.map(|ca| ca.below(source.file)),
+            required: tls.required.unwrap_or(true),
+        }),
+        max_clients: table.max_clients.map_or(defaults.max_clients, NonZeroUsize::get),
+        memory: table.memory.map_or(defaults.memory, Size::bytes),
+        ..defaults
+    })
+}
+
+fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Result<DiskConfig, ConfigError> {
+    let at = table.span().start;
+    let table = table.into_inner();
+    let path_at = table.path.span().start;
+    let path = table.path.into_inner().below(source.file);
+    let (name, name_at) = match table.name {
+        Some(name) => (name.get_ref().clone(), name.span().start),
+        None => match DiskConfig::default_name(&path) {
+            Some(name) => (name, path_at),
+            None => return Err(source.error(path_at, format!("{} names no file", path.display()))),
+        },
+    };
+    DiskConfig::check_name(&name).map_err(|message| source.error(name_at, message))?;
+    let defaults = DiskConfig::new(name.clone(), path);
+    let serial = match table.serial {
+        None => defaults.serial.clone(),
+        Some(serial) => {
+            DiskConfig::check_serial(serial.get_ref())
+                .map_err(|message| source.error(serial.span().start, message))?;
+            serial.into_inner()
+        }
+    };
+    let vhost_user = match table.vhost_user.unwrap_or(Switch::On) {
+        Switch::On => Some(vhost_user_socket(&config.runtime_dir, &name)),
+        Switch::Off => None,
+        Switch::Named(socket) => Some(below(source.file, Path::new(&socket))),
+    };
+    let nbd_at = table.nbd.as_ref().map(|nbd| nbd.span().start);
+    let nbd = match (table.nbd.map(Spanned::into_inner), nbd_at) {
+        (Some(Switch::Off), _) => None,
+        (Some(_), Some(at)) if config.nbd.is_none() => {
+            return Err(
+                source.error(at, "no NBD server listens: add [nbd] with `listen = \"unix:nbd.sock\"`")
+            );
+        }
+        (Some(Switch::Named(export)), _) => Some(export),
+        (Some(Switch::On) | None, _) => config.nbd.is_some().then(|| name.clone()),
+    };
+    if vhost_user.is_none() && nbd.is_none() {
+        return Err(source.error(at, format!("nobody could use `{name}`: leave it `vhost-user` or `nbd`")));
+    }
+    let cdrom = table.cdrom.unwrap_or(false);
+    let access = table.access.map(|access| access.0);
+    Ok(DiskConfig {
+        format: table.format.map_or(defaults.format, |format| format.0),
+        access: access.unwrap_or(if cdrom { Access::ReadOnly } else { Access::ReadWrite }),
+        vdev: table.vdev.map(|vdev| vdev.0),
+        cdrom,
+        cache: table.cache.map(|cache| cache.0).unwrap_or_default(),
+        queues: table.queues.map(|count| queues(&count, config.limits.max_queues, source)).transpose()?,
+        vhost_user,
+        nbd,
+        serial,
+        discard: table.discard.unwrap_or(defaults.discard),
+        direct_io_safe: table.direct_io_safe.unwrap_or(false),
+        position: Some(source.position(at)),
+        ..defaults
+    })
+}
+
+/// A path as the configuration has it: relative ones begin where the configuration is.
+fn below(file: &Path, path: &Path) -> PathBuf {
+    file.parent().unwrap_or(Path::new("")).join(path)
+}
+
+/// A path that a system call could take.
+struct PathText(String);
+
+impl PathText {
+    fn below(&self, file: &Path) -> PathBuf {
+        below(file, Path::new(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for PathText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)? {
+            path if path.is_empty() => Err(D::Error::custom("an empty path names nothing")),
+            path if path.contains('\0') => Err(D::Error::custom("a path has no NUL character in it")),
+            path => Ok(Self(path)),
+        }
+    }
+}
+
+/// A value that is written as a text.
+struct Told<T>(T);
+
+impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Told<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map(Self).map_err(D::Error::custom)
+    }
+}
+
+/// A front-end of a disk: as usual, not at all, or under a name of its own.
+enum Switch {
+    On,
+    Off,
+    Named(String),
+}
+
+impl<'de> Deserialize<'de> for Switch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SwitchVisitor;
+        impl Visitor<'_> for SwitchVisitor {
+            type Value = Switch;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false or a name in quotes")
+            }
+
+            fn visit_bool<E>(self, on: bool) -> Result<Switch, E> {
+                Ok(if on { Switch::On } else { Switch::Off })
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Switch, E> {
+                match name {
+                    "" => Err(E::custom("an empty name: write true, false or a name")),
+                    name if name.contains('\0') => Err(E::custom("a name has no NUL character in it")),
+                    name => Ok(Switch::Named(name.to_owned())),
+                }
+            }
+        }
+        deserializer.deserialize_any(SwitchVisitor)
+    }
+}
+
+/// One address or a list of them.
+enum Addresses {
+    One(String),
+    Several(Vec<Spanned<String>>),
+}
+
+impl Addresses {
+    /// The addresses with the bytes at which they are written; a single one is at `start`.
+    fn read(self, start: usize) -> Result<Vec<(NbdAddress, usize)>, (String, usize)> {
+        let texts = match self {
+            Self::One(text) => vec![(text, start)],
+            Self::Several(texts) => {
+                texts.into_iter().map(|t| (t.get_ref().clone(), t.span().start)).collect()
+            }
+        };
+        let read = |(text, at): (String, usize)| match text.parse() {
+            Ok(address) => Ok((address, at)),
+            Err(message) => Err((message, at)),
+        };
+        texts.into_iter().map(read).collect()
+    }
+}
+
+impl<'de> Deserialize<'de> for Addresses {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AddressesVisitor;
+        impl<'de> Visitor<'de> for AddressesVisitor {
+            type Value = Addresses;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an address such as \"unix:nbd.sock\" or \"127.0.0.1:10809\", or a list of them")
+            }
+
+            fn visit_str<E>(self, address: &str) -> Result<Addresses, E> {
+                Ok(Addresses::One(address.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Addresses, A::Error> {
+                let mut addresses = Vec::new();
+                while let Some(address) = list.next_element()? {
+                    addresses.push(address);
+                }
+                Ok(Addresses::Several(addresses))
+            }
+        }
+        deserializer.deserialize_any(AddressesVisitor)
+    }
+}
