@@ -22,6 +22,11 @@ const HASH: &str =
 /// The user and group that root becomes to run vbd: Debian's `nobody`.
 const NOBODY: u32 = 65534;
 
+/// What begins the guest's prompt, and marks a failure; no output contains it.
+const MARK: &str = "@@";
+/// The guest's prompt.
+const PROMPT: &str = "@@>";
+
 /// A guest boots in 12 s on a quiet machine; every wait for it ends within this.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -112,7 +117,7 @@ fn root_tree() -> Result<PathBuf> {
         let unfinished = cache_dir()?.join(format!("{SUITE}.tar.unfinished"));
         let mirror = apt::archive(SUITE).or_else(|_| apt::archive(&apt::codename()?))?;
         let status = Command::new("mmdebstrap")
-            .args(["--quiet", "--variant=minbase", "--format=tar", "--include", PACKAGES, SUITE])
+            .args(["--variant=minbase", "--format=tar", "--include", PACKAGES, SUITE])
             .arg(&unfinished)
             .arg(mirror)
             .status()
@@ -233,32 +238,42 @@ impl Session {
         self.until("Password: ")?;
         self.guest.send(&format!("{PASSWORD}\n"))?;
         self.until("ada@vm1:")?;
-        // A prompt that no output contains.
-        self.guest.send("PS1='@@''>'; TERM=dumb\n")?;
-        self.until("@@>")?;
+        // Quotes keep the echo of a typed line from looking like the prompt or a failure.
+        self.guest.send(&format!("PS1='{MARK}''>'; TERM=dumb\n"))?;
+        self.until(PROMPT)?;
         self.does("uname -sr; systemctl is-system-running --wait; findmnt -no SOURCE,FSTYPE,SIZE /")
     }
 
     /// Types a line and shows what comes of it.
     fn does(&mut self, line: &str) -> Result<()> {
-        self.guest.send(&format!("{line}\n"))?;
-        let said = self.until("@@>")?;
-        show(line, said.trim_end_matches("@@>"));
-        Ok(())
+        self.guest.send(&format!("{line} || echo '{MARK}'failed\n"))?;
+        self.answer(line)
     }
 
     /// The same, as root.
     fn as_root(&mut self, line: &str) -> Result<()> {
-        self.guest.send(&format!("su -c '{line}'\n"))?;
+        self.guest.send(&format!("su - -c '{line}' || echo '{MARK}'failed\n"))?;
         self.until("Password: ")?;
         self.guest.send(&format!("{PASSWORD}\n"))?;
-        let said = self.until("@@>")?;
-        show(line, said.trim_end_matches("@@>"));
+        self.answer(line)
+    }
+
+    /// Shows a line typed in the guest, and what it said after the echo of that line.
+    fn answer(&mut self, line: &str) -> Result<()> {
+        let said = self.until(PROMPT)?;
+        println!("  vm1$ {line}");
+        let answer = said.split_once('\n').map_or("", |(_, answer)| answer).trim_end_matches(PROMPT);
+        for line in answer.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
+            println!("  {line}");
+        }
+        if answer.contains(&format!("{MARK}failed")) {
+            bail!("{line:?} failed in the guest");
+        }
         Ok(())
     }
 
     fn power_off(&mut self) -> Result<()> {
-        self.guest.send("su -c 'systemctl poweroff'\n")?;
+        self.guest.send("su - -c 'systemctl poweroff'\n")?;
         self.until("Password: ")?;
         self.guest.send(&format!("{PASSWORD}\n"))?;
         self.guest.wait(PATIENCE)?;
@@ -271,15 +286,6 @@ impl Session {
             print!("{said}");
         }
         Ok(said)
-    }
-}
-
-/// Shows a line typed in the guest, and what it said after the echo of that line.
-fn show(line: &str, said: &str) {
-    println!("  vm1$ {line}");
-    let answer = said.split_once('\n').map_or("", |(_, answer)| answer);
-    for line in answer.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
-        println!("  {line}");
     }
 }
 
@@ -312,7 +318,7 @@ fn paste(place: &Place, image: &Path, socket: &Path) -> Result<()> {
     fs::write(&initrd, vbd_tests::Initramfs::switch_root(&vbd_tests::Kernel::get()?)?)?;
     let initrd = initrd.display();
     println!(
-        "Serve it:
+        "Serve it, boot it, and log in as ada or root with the password {PASSWORD}:
   {vbd} attach {image} --vhost-user {socket}
 QEMU:
   qemu-system-x86_64 -machine q35,memory-backend=mem -object memory-backend-memfd,id=mem,size=512M,share=on -m 512M \\

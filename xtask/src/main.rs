@@ -1,6 +1,7 @@
-//! What a developer runs: `cargo xtask demo`, `cargo xtask test`, `cargo xtask setup`.
+//! What a developer runs: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`, `cargo xtask setup`.
 
 mod apt;
+mod bench;
 mod demo;
 mod setup;
 mod test;
@@ -17,6 +18,8 @@ enum Task {
     Demo(demo::Args),
     /// Run every test, with real guests where they matter
     Test(test::Args),
+    /// Measure vbd beside its peers, in one run, as ratios
+    Bench(bench::Args),
     /// Install what demo and test need, and nothing else
     Setup,
 }
@@ -25,6 +28,7 @@ fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Setup => setup::run(),
     };
     match done {
