@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
-        Task::Bench(args) => bench::run(&args),
+        Task::Bench(args) => setup::run().and_then(|()| bench::run(&args)),
         Task::Setup => setup::run(),
     };
     match done {
