@@ -1,7 +1,9 @@
 //! Image files: create, inspect, map, lock, and the raw format.
 
 mod clock;
+pub mod create;
 pub mod host;
 pub mod lease;
 pub mod open;
+pub mod raw;
 pub mod size;

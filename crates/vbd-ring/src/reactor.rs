@@ -90,6 +90,13 @@ impl Shared {
 #[derive(Clone)]
 pub struct Handle(Arc<Shared>);
 
+impl PartialEq for Handle {
+    /// Whether both reach the same reactor.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 impl Handle {
     /// Runs `work` on the reactor's thread, soon. Gives it back dropped, with false, where the reactor has ended.
     pub fn post(&self, work: impl FnOnce(&Local) + Send + 'static) -> bool {

@@ -10,8 +10,8 @@ use vbd_ring::{Completion, FileHandle, IoVec, Local, Op, execute};
 
 use super::buffer::slice;
 use super::{Backend, Cache, Fault};
-use crate::rangelock::RangeGuard;
-use crate::{Channel, Error, ErrorKind, Operation, Request, Result};
+use crate::range_lock::RangeGuard;
+use crate::{Channel, Error, ErrorKind, Guard, Operation, Request, Result};
 
 /// The most pieces of memory in one call (UIO_MAXIOV).
 pub(super) const MOST_PIECES: usize = 1024;
@@ -25,6 +25,7 @@ pub struct FileChannel {
     pub(super) data: FileHandle,
     pub(super) buffered: FileHandle,
     slots: RefCell<Slots>,
+    _owner: Guard,
 }
 
 /// Requests in the kernel on the fast path; the slot's number is the operation's token.
@@ -58,14 +59,21 @@ impl Slots {
 }
 
 impl FileChannel {
-    pub(super) fn new(backend: Arc<Backend>, local: &Local) -> Rc<Self> {
+    pub(super) fn new(backend: Arc<Backend>, local: &Local, owner: Guard) -> Rc<Self> {
         let data = local.file(backend.data.clone());
         let buffered = if Arc::ptr_eq(&backend.data, &backend.buffered) {
             data.clone()
         } else {
             local.file(backend.buffered.clone())
         };
-        Rc::new(FileChannel { backend, local: local.clone(), data, buffered, slots: RefCell::default() })
+        Rc::new(FileChannel {
+            backend,
+            local: local.clone(),
+            data,
+            buffered,
+            slots: RefCell::default(),
+            _owner: owner,
+        })
     }
 
     /// Refuses what no storage could do.
@@ -196,7 +204,7 @@ impl FileChannel {
                 if request.operation == Operation::Read || !self.backend.has_partial_blocks() {
                     return self.start(request, op, None);
                 }
-                match self.backend.locks.trylock(self.blocks(&request)) {
+                match self.backend.locks.try_lock(self.blocks(&request)) {
                     Some(lock) => self.start(request, op, Some(lock)),
                     None => self.transfer(request, 0, None),
                 }

@@ -27,7 +27,7 @@ pub use channel::FileChannel;
 pub use faults::{Fault, Faults};
 
 use crate::range_lock::RangeLocks;
-use crate::{Capabilities, Channel, Error, ErrorKind, Geometry, Result, SECTOR};
+use crate::{Capabilities, Channel, Error, ErrorKind, Geometry, Guard, Result, SECTOR};
 
 /// Whether the host's page cache stands between guest and storage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub struct Options {
     pub read_only: bool,
     /// Use of the page cache.
     pub cache: Cache,
+    /// Do not give space back: discards are refused, zeroes are kept allocated.
+    pub keep_space: bool,
     /// Errors to inject below the channel, for tests.
     pub faults: Option<Arc<dyn Faults>>,
 }
@@ -154,21 +156,31 @@ impl Backend {
             tail: AtomicU64::new(0),
             locks: Arc::default(),
             flush_failed: AtomicBool::new(false),
-            can_punch: AtomicBool::new(true),
+            can_punch: AtomicBool::new(!options.keep_space),
             can_zero: AtomicBool::new(true),
             faults: options.faults,
             label,
         };
-        let len = backend
-            .file_len()
-            .map_err(|error| Error::io("cannot tell the size", error).of(&backend.label))?;
-        if len == 0 {
-            return Err(
-                Error::new(ErrorKind::Corrupt, "is empty; a disk has at least one sector").of(backend.label)
-            );
-        }
-        backend.set_size(len);
+        backend.refresh()?;
         Ok(Arc::new(backend))
+    }
+
+    /// Takes the file's size as it is now.
+    ///
+    /// # Errors
+    /// It cannot be told, or is 0.
+    pub fn refresh(&self) -> Result<()> {
+        let failed = |error| Error::io("cannot tell the size", error).of(&self.label);
+        match self.file_len().map_err(failed)? {
+            0 => {
+                Err(Error::new(ErrorKind::Corrupt, "is empty; a disk has at least one sector")
+                    .of(&self.label))
+            }
+            len => {
+                self.set_size(len);
+                Ok(())
+            }
+        }
     }
 
     /// Capacity in bytes, a multiple of 512. A file's last, partial sector counts whole; its missing bytes read as
@@ -197,9 +209,9 @@ impl Backend {
         self.block_device
     }
 
-    /// The descriptor, for locks and for looking at the file.
+    /// The descriptor that data goes through. A lock on it lasts, after a kill, until the last I/O has landed.
     pub fn descriptor(&self) -> Arc<OwnedFd> {
-        self.buffered.clone()
+        self.data.clone()
     }
 
     /// Sizes as a disk tells them.
@@ -217,18 +229,23 @@ impl Backend {
 
     /// Abilities as a disk tells them.
     pub fn capabilities(&self) -> Capabilities {
+        self.capabilities_for(self.read_only)
+    }
+
+    /// The abilities this file would have if it were opened so.
+    pub fn capabilities_for(&self, read_only: bool) -> Capabilities {
         Capabilities {
-            read_only: self.read_only,
+            read_only,
             write_cache: self.cache != Cache::Writethrough,
-            discard: !self.read_only && self.can_punch.load(Ordering::Relaxed),
-            fast_zeroes: !self.read_only && self.can_zero.load(Ordering::Relaxed),
-            grow: !self.read_only && !self.block_device,
+            discard: !read_only && self.can_punch.load(Ordering::Relaxed),
+            fast_zeroes: !read_only && self.can_zero.load(Ordering::Relaxed),
+            grow: !read_only,
         }
     }
 
-    /// The way of one queue to this file.
-    pub fn channel(self: Arc<Self>, local: &Local) -> Rc<dyn Channel> {
-        FileChannel::new(self, local)
+    /// The way of one queue to this file. It keeps `owner` alive: whatever holds the file's lease.
+    pub fn channel(self: Arc<Self>, local: &Local, owner: Guard) -> Rc<dyn Channel> {
+        FileChannel::new(self, local, owner)
     }
 
     /// Makes the file larger. A block device cannot be; for one that has grown, this takes the new size over.
