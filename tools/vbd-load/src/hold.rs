@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use crate::cli::Args;
 use crate::device::Device;
 
@@ -9,6 +11,9 @@ use crate::device::Device;
 ///
 /// Prints a line when all disks are connected, with the seconds that it took.
 pub(crate) fn hold(args: &Args, duration: Duration) -> anyhow::Result<()> {
+    // A disk takes four descriptors: socket, memory, kick, call.
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
     let start = Instant::now();
     let mut held = Vec::with_capacity(args.sockets.len());
     for socket in &args.sockets {
