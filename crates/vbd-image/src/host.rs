@@ -79,8 +79,8 @@ pub fn usage(file: &File, path: &Path) -> io::Result<Option<InUse>> {
     Ok((!free).then_some(used))
 }
 
-/// What is in the way of a block device that was busy when opened with `O_EXCL`.
-pub(crate) fn busy_device(path: &Path) -> InUse {
+/// What is in the way of a block device that was busy (`EBUSY`) when opened with `O_EXCL`.
+pub fn busy_device(path: &Path) -> InUse {
     let found = || usage(&File::open(path).ok()?, path).ok()?;
     found().unwrap_or_else(|| InUse {
         path: path.to_owned(),

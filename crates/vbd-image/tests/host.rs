@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use vbd_image::host;
 use vbd_image::lease::{Lease, LeaseError, Mode, Options};
-use vbd_image::open::{Access, OpenError, open};
+use vbd_image::open::open;
 
 fn run(program: &str, arguments: &[&Path]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
@@ -103,23 +104,25 @@ fn a_mounted_file_is_not_written_to() {
 }
 
 #[test]
-fn a_block_device_in_use_is_not_opened_for_writing() {
+fn what_uses_a_block_device_is_named() {
     let (directory, path) = image();
     let Some(device) = Loop::attach(&path) else { return };
-    let image = open(&device.0, Access::Write).unwrap();
-    assert_eq!(image.size, 4 << 20);
-    let error = open(&device.0, Access::Write).expect_err("claimed by the first");
-    assert!(matches!(error, OpenError::InUse(_)), "{error}");
-    assert!(error.to_string().contains("used by another program"), "{error}");
-    drop(image);
+    let exclusive =
+        || File::options().read(true).write(true).custom_flags(libc::O_EXCL).open(&device.0).map(drop);
+    assert_eq!(open(&device.0).unwrap().size, 4 << 20);
+    let claimed = File::options().read(true).custom_flags(libc::O_EXCL).open(&device.0).unwrap();
+    assert_eq!(exclusive().unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    let text = host::busy_device(&device.0).to_string();
+    assert!(text.contains("is used by another program"), "{text}");
+    drop(claimed);
 
     let mount = Mount::new(&device.0, &directory.path().join("mount"));
-    let error = open(&device.0, Access::Write).unwrap_err().to_string();
+    assert_eq!(exclusive().unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    let text = host::busy_device(&device.0).to_string();
     let expected = format!("is mounted on {}", mount.0.display());
-    assert!(error.contains(&expected) && error.contains("umount"), "{error}");
+    assert!(text.contains(&expected) && text.contains("umount"), "{text}");
     let error = write_lease(&device.0, false).unwrap_err().to_string();
     assert!(error.contains(&expected), "the lease looks for itself: {error}");
-    open(&device.0, Access::Read).unwrap();
     drop(mount);
-    open(&device.0, Access::Write).unwrap();
+    exclusive().unwrap();
 }

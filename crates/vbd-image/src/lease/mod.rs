@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::host;
-use crate::open::{self, Access, OpenError};
+use crate::open::{self, OpenError};
 
 /// How often a lease that is not free is tried again while there is time left.
 const TRY_AGAIN: Duration = Duration::from_millis(20);
@@ -270,7 +270,7 @@ fn name_holders(file: &File, path: &Path, against: Option<Mode>) -> io::Result<V
 /// Who holds a lease, vbd's or QEMU's, of the file at `path`: nobody if the list is empty. The locks decide, records
 /// only name. Where the filesystem has no locks nobody does.
 pub fn holders(path: &Path) -> Result<Vec<Holder>, OpenError> {
-    let image = open::open(path, Access::Inspect)?;
+    let image = open::open(path)?;
     let failed = |source| OpenError::Io { path: path.to_owned(), source };
     match bytes::used_by_others(image.file.as_fd()) {
         Ok(Some(_)) => name_holders(&image.file, path, None).map_err(failed),
