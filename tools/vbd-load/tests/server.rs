@@ -88,6 +88,15 @@ fn cpu_time_of_the_server_is_counted() {
 }
 
 #[test]
+fn holds_disks_that_do_nothing() {
+    let servers = [Server::start(1 << 20, true), Server::start(1 << 20, true)];
+    let second = servers[1].socket();
+    let output = servers[0].load(&["--hold=0", second.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8(output.stdout).unwrap().starts_with("2 disks connected"));
+}
+
+#[test]
 fn refuses_what_cannot_work() {
     let server = Server::start(1 << 20, false);
     let message = |output: Output| {

@@ -63,8 +63,28 @@ pub(crate) fn tables(results: &Results, verdicts: &[Verdict]) -> String {
             Some(thousands(cell(peer, &|s| s.iops_per_cpu)?))
         });
     }
+    text += &idle(results);
     text += &failures(results);
     text
+}
+
+fn idle(results: &Results) -> String {
+    let Some(idle) = &results.idle else {
+        return String::new();
+    };
+    format!(
+        "\n### 1,000 idle disks in one process\n\n\
+         | | no clients | a client on each, one queue |\n|---|---:|---:|\n\
+         | seconds until all are there | {:.2} | {:.2} more |\n\
+         | memory of each (PSS), KiB | {:.1} | {:.1} |\n\
+         | CPU seconds over 5 s | {:.4} | {:.4} |\n",
+        idle.attach_s,
+        idle.connect_s,
+        idle.kib_unconnected,
+        idle.kib_connected,
+        idle.cpu_unconnected_s,
+        idle.cpu_connected_s
+    )
 }
 
 fn machine(results: &Results) -> String {
