@@ -1,0 +1,188 @@
+//! A front-end for tests: submits requests on a reactor and waits for their results.
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use vbd_core::file::{Backend, Options};
+use vbd_core::{Channel, ErrorKind, Extent, Flags, IoVec, Operation, Request, Result, Sink};
+use vbd_ring::{EngineKind, Handle, Local, Reactor, Settings};
+
+/// What a request came back with.
+pub(crate) struct Answer {
+    pub(crate) result: Result<()>,
+    pub(crate) data: Vec<u8>,
+    pub(crate) extents: Vec<Extent>,
+}
+
+/// A request for `Client::submit`. Data is cut into pieces of `piece` bytes, which start `skew` bytes off a page.
+#[derive(Clone)]
+pub(crate) struct Ask {
+    pub(crate) operation: Operation,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) flags: Flags,
+    pub(crate) data: Vec<u8>,
+    pub(crate) piece: usize,
+    pub(crate) skew: usize,
+}
+
+impl std::fmt::Debug for Ask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Ask { operation, offset, len, flags, piece, skew, .. } = self;
+        write!(f, "{operation} of {len} at {offset} ({flags:?}, pieces of {piece}, skew {skew})")
+    }
+}
+
+impl Ask {
+    pub(crate) fn new(operation: Operation, offset: u64, len: u64) -> Self {
+        let flags = Flags::default();
+        Ask { operation, offset, len, flags, data: Vec::new(), piece: usize::MAX, skew: 0 }
+    }
+
+    pub(crate) fn write(offset: u64, data: Vec<u8>) -> Self {
+        Ask { len: data.len() as u64, data, ..Ask::new(Operation::Write, offset, 0) }
+    }
+}
+
+struct Collector {
+    sender: SyncSender<Answer>,
+    memory: RefCell<Option<Arc<Memory>>>,
+}
+
+/// Page-aligned memory with the data some bytes in.
+struct Memory {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Memory {
+    fn new(len: usize, skew: usize, data: &[u8]) -> Self {
+        let mut bytes = vec![0u8; len + skew + 4096];
+        let start = bytes.as_ptr().align_offset(4096) + skew;
+        bytes[start..start + data.len()].copy_from_slice(data);
+        Memory { bytes, start, len }
+    }
+
+    fn pieces(&self, piece: usize) -> Vec<IoVec> {
+        let base = self.bytes.as_ptr().wrapping_add(self.start).cast_mut();
+        let starts = (0..self.len).step_by(piece.min(self.len.max(1)));
+        starts
+            .map(|at| IoVec { iov_base: base.wrapping_add(at).cast(), iov_len: piece.min(self.len - at) })
+            .collect()
+    }
+}
+
+impl Sink for Collector {
+    fn complete(self: Rc<Self>, mut request: Request, result: Result<()>) {
+        let memory = self.memory.borrow_mut().take();
+        let data = memory.map_or_else(Vec::new, |memory| memory.bytes[memory.start..][..memory.len].to_vec());
+        let extents = std::mem::take(&mut request.extents);
+        let _ = self.sender.send(Answer { result, data, extents });
+    }
+}
+
+thread_local! {
+    static CHANNEL: RefCell<Option<Rc<dyn Channel>>> = const { RefCell::new(None) };
+}
+
+/// One queue of a disk, on a reactor of its own.
+pub(crate) struct Client {
+    reactor: Option<Reactor>,
+}
+
+impl Client {
+    /// A client on the channel that `open` makes.
+    pub(crate) fn new(
+        engine: EngineKind,
+        open: impl FnOnce(&Local) -> Rc<dyn Channel> + Send + 'static,
+    ) -> Self {
+        let reactor = Reactor::spawn("test", Settings { engine, ..Settings::default() }).expect("a reactor");
+        let opened = move |local: &Local| CHANNEL.set(Some(open(local)));
+        reactor.handle().call(opened).expect("the reactor runs");
+        Client { reactor: Some(reactor) }
+    }
+
+    pub(crate) fn on_file(engine: EngineKind, backend: &Arc<Backend>) -> Self {
+        let backend = backend.clone();
+        Client::new(engine, move |local| backend.channel(local, Arc::new(())))
+    }
+
+    pub(crate) fn handle(&self) -> Handle {
+        self.reactor.as_ref().expect("alive").handle()
+    }
+
+    /// Sends a request on its way; the answer comes to the receiver.
+    pub(crate) fn submit(&self, ask: Ask) -> Receiver<Answer> {
+        let (sender, receiver) = sync_channel(1);
+        let posted = self.handle().post(move |local| {
+            let sink = Rc::new(Collector { sender, memory: RefCell::new(None) });
+            let mut request = Request::new(ask.operation, ask.offset, ask.len, local.now(), sink.clone());
+            request.flags = ask.flags;
+            if matches!(ask.operation, Operation::Read | Operation::Write) {
+                let len = usize::try_from(ask.len).expect("small");
+                let memory = Arc::new(Memory::new(len, ask.skew, &ask.data));
+                request.memory = memory.pieces(ask.piece);
+                request.guard = Some(memory.clone());
+                *sink.memory.borrow_mut() = Some(memory);
+            }
+            CHANNEL.with_borrow(|channel| channel.clone()).expect("open").submit(request);
+        });
+        assert!(posted, "the reactor runs");
+        receiver
+    }
+
+    pub(crate) fn ask(&self, ask: Ask) -> Answer {
+        self.submit(ask).recv_timeout(std::time::Duration::from_secs(60)).expect("an answer")
+    }
+
+    pub(crate) fn read(&self, offset: u64, len: u64) -> Vec<u8> {
+        let answer = self.ask(Ask::new(Operation::Read, offset, len));
+        answer.result.expect("readable");
+        answer.data
+    }
+
+    pub(crate) fn write(&self, offset: u64, data: Vec<u8>) {
+        self.ask(Ask::write(offset, data)).result.expect("writable");
+    }
+
+    pub(crate) fn kind(&self, ask: Ask) -> Option<ErrorKind> {
+        self.ask(ask).result.err().map(|error| error.kind())
+    }
+
+    pub(crate) fn channel<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Channel) -> T + Send + 'static,
+    ) -> T {
+        let work = move |_: &Local| CHANNEL.with_borrow(|channel| work(&**channel.as_ref().expect("open")));
+        self.handle().call(work).expect("the reactor runs")
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.handle().call(|_| CHANNEL.set(None));
+        self.reactor.take();
+    }
+}
+
+/// A file of this length in `dir`, opened.
+pub(crate) fn file(dir: &Path, len: u64, options: Options) -> Arc<Backend> {
+    let path = dir.join("disk");
+    std::fs::File::create(&path).and_then(|file| file.set_len(len)).expect("a file");
+    Backend::open(&path, options).expect("openable")
+}
+
+/// A directory on a real disk, next to the build, where O_DIRECT works as the machine has it.
+pub(crate) fn on_disk() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+/// A directory in memory.
+pub(crate) fn in_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("a directory")
+}
