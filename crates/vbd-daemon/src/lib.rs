@@ -1,1 +1,3 @@
 //! Configuration, supervision and the control socket.
+
+pub mod config;

@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+pub mod fuzz;
 mod model;
 mod runtime;
 #[cfg(test)]

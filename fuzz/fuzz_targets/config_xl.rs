@@ -1,0 +1,4 @@
+//! A Xen domain file.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vbd_daemon::config::fuzz::xl(bytes));

@@ -1,0 +1,4 @@
+//! One disk of a Xen domain file.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vbd_daemon::config::fuzz::xl_disk(bytes));
