@@ -33,7 +33,8 @@ pub fn xl_disk(bytes: &[u8]) {
     match xl_disk::parse(spec) {
         Ok(disk) => {
             let printed = disk.to_string();
-            let again = xl_disk::parse(&printed).unwrap_or_else(|e| panic!("{printed:?} does not read back: {e}"));
+            let again =
+                xl_disk::parse(&printed).unwrap_or_else(|e| panic!("{printed:?} does not read back: {e}"));
             assert_eq!(xl_disk::DiskSpec { places: disk.places, ..again }, disk);
         }
         Err(error) => assert!(spec.is_char_boundary(error.offset), "{error:?} is not in {spec:?}"),

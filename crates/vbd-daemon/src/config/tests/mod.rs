@@ -1,5 +1,6 @@
 //! The configuration through its public face.
 
+mod docs;
 mod load;
 mod toml;
 mod xl;
