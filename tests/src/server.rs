@@ -1,8 +1,9 @@
 //! vbd as a server, and its other verbs, each test's apart from every other's.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,6 +12,8 @@ use rustix::process::Signal;
 use crate::process::finish;
 use crate::{Disk, Finished, Process, Scratch, command, vbd};
 
+/// A server says its first line when all its disks are ready.
+const READY: &str = "\n";
 /// How long a server may take to be ready, and to stop.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long a verb that ends by itself may take.
@@ -25,7 +28,22 @@ impl Scratch {
         finish(Process::spawn(self.command(arguments))?, VERB)
     }
 
-    fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> std::process::Command {
+    /// Starts `vbd up` with a configuration of this text; comes back when its disks are ready.
+    ///
+    /// # Errors
+    /// When it ends instead, or says nothing in time.
+    pub fn up(&self, configuration: &str) -> Result<Server> {
+        let path = self.path("up.toml");
+        fs::write(&path, configuration)?;
+        Server::start(self.command(["up".as_ref(), path.as_os_str()]))
+    }
+
+    /// A disk that [`Scratch::up`] serves by this name, as a guest takes it.
+    pub fn disk(&self, name: &str, queues: u16) -> Disk {
+        Disk { socket: self.socket(format!("vbd/{name}.sock")), queues }
+    }
+
+    fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut vbd = command(vbd());
         vbd.args(arguments).env("XDG_RUNTIME_DIR", self.socket(""));
         vbd
@@ -85,9 +103,7 @@ impl<'a> Attach<'a> {
         if let Some(address) = &self.nbd {
             attach.arg("--nbd").arg(address);
         }
-        let process = Process::spawn(attach)?;
-        process.stdout.wait_for("\n", LIMIT).with_context(|| process.stderr.text())?;
-        Ok(Server { process })
+        Server::start(attach)
     }
 
     /// The disk as a guest takes it.
@@ -105,6 +121,12 @@ pub struct Server {
 }
 
 impl Server {
+    fn start(command: Command) -> Result<Self> {
+        let process = Process::spawn(command)?;
+        process.stdout.wait_for(READY, LIMIT).with_context(|| process.stderr.text())?;
+        Ok(Self { process })
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.process.id()

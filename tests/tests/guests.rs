@@ -69,14 +69,13 @@ fn a_filesystem_is_made_filled_verified_trimmed_and_clean() -> Result<()> {
 #[test]
 fn four_disks_with_four_queues_each() -> Result<()> {
     let scratch = Scratch::new()?;
-    let mut attached = Vec::new();
+    let mut configuration = String::new();
     for name in ["a", "b", "c", "d"] {
         let file = scratch.sparse(name, 64 * MIB)?;
-        attached
-            .push(Attach::new(&scratch, file).vhost_user(scratch.socket(format!("{name}.sock"))).queues(4));
+        configuration += &format!("[[disk]]\npath = {file:?}\nqueues = 4\n");
     }
-    let servers = attached.iter().map(Attach::start).collect::<Result<Vec<_>>>()?;
-    let mut machine = Machine::new(attached.iter().map(Attach::disk)).with_tools();
+    let server = scratch.up(&configuration)?;
+    let mut machine = Machine::new(["a", "b", "c", "d"].map(|name| scratch.disk(name, 4))).with_tools();
     machine.cpus = 4;
     let mut guest = machine.boot(&scratch)?;
 
@@ -92,9 +91,7 @@ fn four_disks_with_four_queues_each() -> Result<()> {
     assert_eq!(outcome.status, 0, "{}", outcome.output);
     assert_eq!(guest.kernel_log(), "");
     guest.power_off()?;
-    for server in servers {
-        assert!(server.stop()?.success());
-    }
+    assert!(server.stop()?.success());
     Ok(())
 }
 
