@@ -2,12 +2,14 @@
 
 mod attach;
 mod build;
+mod control;
 mod create;
 mod detach;
 mod grow;
 mod info;
 mod list;
 mod map;
+mod serving;
 mod stat;
 mod up;
 
@@ -15,6 +17,8 @@ mod up;
 pub(crate) enum Verb {
     Create(create::Args),
     Build(build::Args),
+    #[command(name = "__build-stage", hide = true)]
+    BuildStage,
     Info(info::Args),
     Map(map::Args),
     Attach(attach::Args),
@@ -30,6 +34,7 @@ impl Verb {
         match self {
             Verb::Create(args) => create::run(args),
             Verb::Build(args) => build::run(args),
+            Verb::BuildStage => Ok(vbd_fs::serve_stage()?),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
             Verb::Attach(args) => attach::run(args),

@@ -1,0 +1,202 @@
+//! A build from its start to the image's name.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::builder::{Format, Superblock};
+use crate::error::Context;
+use crate::partial::Partial;
+use crate::process::Running;
+use crate::stage::{self, From, Job, remote};
+use crate::{BuildOptions, Counts, Error, Filesystem, Progress, Result, Source, Step, bootstrap, sys};
+
+/// What was built.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// The image.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Bytes that it takes on its disk.
+    pub allocated: u64,
+    /// The filesystem in it.
+    pub filesystem: Filesystem,
+    /// The filesystem's UUID.
+    pub uuid: String,
+    /// The filesystem's label, empty where it has none.
+    pub label: String,
+    /// Bytes that are free in it.
+    pub free_bytes: u64,
+    /// Inodes that are free in it.
+    pub free_inodes: u64,
+    /// What is in it.
+    pub counts: Counts,
+    /// What was not as it should be, and did not stop the build.
+    pub warnings: Vec<String>,
+}
+
+/// Makes a file of `options.size` bytes with a filesystem in it, filled and tailored, and gives it the name `path` when
+/// it is whole and durable. Whatever happens before leaves nothing of it behind.
+///
+/// Not as root, the tree is gathered by [`helper`](BuildOptions::helper) under fakeroot.
+///
+/// # Errors
+///
+/// See [`Error`]: the request, the source, the room in the filesystem or on the host, a program that is missing.
+pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -> Result<Report> {
+    options.spec.check()?;
+    options.tailor.check()?;
+    if options.size == 0 {
+        return Err(Error::Invalid("the size is 0: a filesystem needs room".to_owned()));
+    }
+    let (path, replaced) = target(path, options.force)?;
+    let image = Partial::create(&path)?;
+    image.file().set_len(options.size).at(&format!("give {} bytes to", options.size), &path)?;
+    let mut skip = vec![key(image.file()).at("look at", &path)?];
+    skip.extend(replaced);
+    let scratch = match std::env::var_os("TMPDIR") {
+        Some(directory) if !directory.is_empty() => PathBuf::from(directory),
+        _ => path.parent().map(Path::to_owned).unwrap_or_default(),
+    };
+    let me = sys::user();
+    let spec = &options.spec;
+    let (from, archive, bootstrap) = open(options, skip, progress)?;
+    let job = Job {
+        size: options.size,
+        format: Format {
+            filesystem: spec.filesystem,
+            label: spec.label.clone(),
+            uuid: spec.uuid.clone(),
+            reserved_percent: spec.reserved_percent,
+            inodes: spec.inodes,
+            arguments: spec.mkfs_args.clone(),
+        },
+        from,
+        tailor: options.tailor.clone(),
+        scratch,
+        for_user: (me != 0).then(|| (me, rustix::process::getegid().as_raw())),
+    };
+    let done = if me == 0 {
+        stage::run(&job, image.file(), archive, progress)
+    } else {
+        remote::run(&job, image.file(), archive, &options.helper, progress)
+    };
+    if let Some(running) = bootstrap {
+        // If it failed, what it sent was cut short, and how it failed is the error to tell.
+        let stopped = matches!(done, Err(Error::Interrupted | Error::NoRoom(_)));
+        if !stopped {
+            running.wait(progress, |_| {}).map_err(bootstrap::explain)?;
+        }
+    }
+    let done = done?;
+    progress.step(Step::Sync, None);
+    image.file().sync_all().at("make durable", &path)?;
+    let superblock = Superblock::read(image.file()).at("read the filesystem made in", &path)?;
+    let allocated = image.file().metadata().at("look at", &path)?.blocks() * 512;
+    if progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
+    image.publish(&path, options.force)?;
+    Ok(Report {
+        path,
+        size: options.size,
+        allocated,
+        filesystem: spec.filesystem,
+        uuid: superblock.uuid,
+        label: superblock.label,
+        free_bytes: superblock.free.blocks * superblock.block_size,
+        free_inodes: superblock.free.inodes,
+        counts: done.counts,
+        warnings: done.warnings,
+    })
+}
+
+/// A file's device and inode.
+type Key = (u64, u64);
+
+/// Where the image goes, and which file it replaces.
+fn target(path: &Path, force: bool) -> Result<(PathBuf, Option<Key>)> {
+    let name =
+        path.file_name().ok_or_else(|| Error::Invalid(format!("{}: names no file", path.display())))?;
+    if std::fs::symlink_metadata(path).is_ok() {
+        if !force {
+            return Err(Error::Exists(path.to_owned()));
+        }
+        // What a link leads to is replaced, not the link.
+        let path = std::fs::canonicalize(path).at("find", path)?;
+        let file = std::fs::metadata(&path).at("look at", &path)?;
+        if !file.is_file() {
+            let text = format!("{}: is no regular file, and is not replaced by one", path.display());
+            return Err(Error::Invalid(text));
+        }
+        return Ok((path, Some((file.dev(), file.ino()))));
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    Ok((std::fs::canonicalize(parent).at("find the directory", parent)?.join(name), None))
+}
+
+fn key(file: &File) -> std::io::Result<Key> {
+    file.metadata().map(|m| (m.dev(), m.ino()))
+}
+
+/// Opens the source; a suite's installation is started.
+fn open(
+    options: &BuildOptions,
+    skip: Vec<Key>,
+    progress: &mut dyn Progress,
+) -> Result<(From, Option<File>, Option<Running>)> {
+    let spec = &options.spec;
+    match &spec.from {
+        Source::Stdin => {
+            let stdin = remote::stdin()?;
+            if std::io::IsTerminal::is_terminal(&stdin) {
+                return Err(Error::Invalid(
+                    "the source is a tar on standard input, which is a terminal".to_owned(),
+                ));
+            }
+            no_exclude(options)?;
+            Ok((From::Archive("standard input".to_owned()), Some(stdin), None))
+        }
+        Source::Suite { distribution, suite } => {
+            no_exclude(options)?;
+            progress.message(&format!("installing {} {suite} with mmdebstrap", distribution.name()));
+            let mut command = bootstrap::command(*distribution, suite, spec);
+            let mut running = Running::start(&mut command, "mmdebstrap")?;
+            let output = running.take_stdout().map(|out| File::from(OwnedFd::from(out)));
+            Ok((From::Archive(format!("{} {suite}", distribution.name())), output, Some(running)))
+        }
+        Source::Path(path) => {
+            let unreadable = |e: std::io::Error| Error::Source {
+                path: path.clone(),
+                reason: format!("cannot be read: {e}"),
+            };
+            let kind = std::fs::metadata(path).map_err(unreadable)?;
+            if kind.is_dir() {
+                let path = std::fs::canonicalize(path).map_err(unreadable)?;
+                let root = path == Path::new("/");
+                let mut exclude = spec.exclude.clone();
+                if root {
+                    exclude.extend(["proc/*", "sys/*", "tmp/*", "home/*"].map(str::to_owned));
+                }
+                return Ok((From::Directory { path, exclude, skip, live: spec.live || root }, None, None));
+            }
+            no_exclude(options)?;
+            let file = File::open(path).map_err(unreadable)?;
+            Ok((From::Archive(path.display().to_string()), Some(file), None))
+        }
+    }
+}
+
+fn no_exclude(options: &BuildOptions) -> Result<()> {
+    if options.spec.exclude.is_empty() && !options.spec.live {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("exclude and live are for a directory, not for {}", options.spec.from)))
+}

@@ -1,0 +1,119 @@
+//! Tar archives as a source: POSIX.1-2001 pax, ustar, GNU and the old format, read once from front to end.
+//!
+//! Nothing is guessed and nothing is skipped: an entry that cannot be kept as it is ends the build with its name. The
+//! formats: POSIX.1-2017 `pax` for headers and records, the manual of GNU tar ("Basic Tar Format", "Storing Sparse
+//! Files") for the rest.
+
+mod acl;
+mod content;
+mod header;
+mod input;
+mod pax;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::entry::{Counts, Entry, Meta, Node, Sink, Special, Xattr};
+use crate::meter::{Count, Geometry, Meter};
+use crate::{Error, Progress, Result, Silent};
+
+use content::Extents;
+use header::Members;
+
+pub use header::clean_path;
+
+/// What one header, with those that describe it, says.
+struct Member {
+    path: PathBuf,
+    meta: Meta,
+    xattrs: Vec<Xattr>,
+    kind: Kind,
+}
+
+enum Kind {
+    Directory,
+    File { size: u64, extents: Extents },
+    Symlink(PathBuf),
+    HardLink(PathBuf),
+    Device(Special, u32, u32),
+}
+
+/// Sends the entries of a tar to `sink`. Reads to the end of `reader`, past the archive's own.
+///
+/// # Errors
+///
+/// The first entry that is damaged, hostile (absolute, `..`, through a link) or of an unknown type, by its name.
+pub(crate) fn unpack(
+    reader: &mut dyn Read,
+    archive: &str,
+    sink: &mut dyn Sink,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let mut members = Members::new(reader);
+    loop {
+        if progress.cancelled() {
+            return Err(Error::Interrupted);
+        }
+        let member = match members.next() {
+            Ok(Some(member)) => member,
+            Ok(None) => return Ok(()),
+            Err(bad) => return Err(bad.named(archive)),
+        };
+        let Member { path, meta, xattrs, kind } = member;
+        let mut data;
+        let node = match &kind {
+            Kind::Directory => Node::Directory,
+            Kind::File { size, extents } => {
+                data = content::Data::new(members.input(), extents);
+                Node::File { size: *size, content: &mut data }
+            }
+            Kind::Symlink(target) => Node::Symlink(target),
+            Kind::HardLink(target) => Node::HardLink(target.clone()),
+            Kind::Device(kind, major, minor) => Node::Device { kind: *kind, major: *major, minor: *minor },
+        };
+        let added = sink.add(Entry { path: &path, meta, xattrs: &xattrs, node }, progress);
+        if let Some(reason) = members.input().failure() {
+            return Err(damaged(archive, &path, reason));
+        }
+        added.map_err(|e| match e {
+            Error::Source { reason, .. } => damaged(archive, &path, reason),
+            Error::Io { source, .. } if is_about_the_entry(&source) => {
+                damaged(archive, &path, format!("cannot be made: {source}"))
+            }
+            other => other,
+        })?;
+    }
+}
+
+/// Whether a call failed for what the entry says, rather than for the machine's state.
+fn is_about_the_entry(error: &std::io::Error) -> bool {
+    let its_own = [
+        libc::ENOENT,
+        libc::ENOTDIR,
+        libc::EISDIR,
+        libc::ENOTEMPTY,
+        libc::EEXIST,
+        libc::ENAMETOOLONG,
+        libc::EINVAL,
+        libc::EFBIG,
+        libc::EMLINK,
+    ];
+    error.raw_os_error().is_some_and(|e| its_own.contains(&e))
+}
+
+fn damaged(archive: &str, entry: &Path, reason: String) -> Error {
+    Error::Archive { archive: archive.to_owned(), entry: entry.display().to_string(), reason }
+}
+
+/// Reads a tar to its end and counts what is in it, writing nothing. For checking an archive, and for fuzzing: it must
+/// end without a panic whatever it reads.
+///
+/// # Errors
+///
+/// As for a build from that archive.
+pub fn check(mut reader: impl Read) -> Result<Counts> {
+    let geometry = Geometry { block_size: 4096, xattr_space: 92, extents: true };
+    let mut sink = Count { meter: Meter::new(geometry) };
+    unpack(&mut reader, "archive", &mut sink, &mut Silent)?;
+    Ok(sink.meter.counts())
+}
