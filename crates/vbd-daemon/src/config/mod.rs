@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 
 pub use error::{ConfigError, Position, Warning};
 pub use model::{
-    Access, CacheMode, Config, DiskConfig, Domain, Format, Limits, NbdAddress, NbdConfig, TlsConfig,
-    default_serial,
+    Access, CacheMode, Config, DiskConfig, Domain, Format, Limits, NbdAddress, NbdConfig, NewImage,
+    TlsConfig, default_serial,
 };
 pub use runtime::{default_runtime_dir, prepare_runtime_dir};
 pub use vdev::{Vdev, VdevError};

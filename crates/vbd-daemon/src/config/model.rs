@@ -6,6 +6,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use vbd_fs::{BuildSpec, Tailor};
+use vbd_image::size::Size;
+
 use super::error::{Position, Warning};
 use super::runtime::default_runtime_dir;
 use super::vdev::Vdev;
@@ -200,6 +203,8 @@ pub struct DiskConfig {
     pub serial: String,
     /// Whether the guest is offered discard.
     pub discard: bool,
+    /// How the image is made when there is none; without it, the image has to be there.
+    pub create: Option<NewImage>,
     /// Xen's `direct-io-safe`, kept for the Xen front-end.
     pub direct_io_safe: bool,
     /// Where in the configuration file the disk begins; none for one that comes from elsewhere.
@@ -228,6 +233,7 @@ impl DiskConfig {
             vhost_user: None,
             nbd: None,
             discard: true,
+            create: None,
             direct_io_safe: false,
             position: None,
         }
@@ -267,6 +273,17 @@ impl DiskConfig {
 /// The serial number of a disk that was given none: what fits of its name.
 pub fn default_serial(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' }).take(DiskConfig::MAX_SERIAL).collect()
+}
+
+/// How an image that is not there yet is made.
+#[derive(Clone, Debug)]
+pub struct NewImage {
+    /// Its size.
+    pub size: Size,
+    /// The filesystem in it and what fills it; none for an image of zeroes.
+    pub build: Option<BuildSpec>,
+    /// What is changed in the filesystem; nothing without one.
+    pub tailor: Tailor,
 }
 
 /// The format of an image.

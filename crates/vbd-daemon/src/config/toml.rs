@@ -2,16 +2,20 @@
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use toml::Spanned;
+use vbd_fs::{BuildSpec, Tailor};
 use vbd_image::size::Size;
 
 use super::error::{ConfigError, Source};
-use super::model::{Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig};
+use super::model::{
+    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, NewImage, TlsConfig,
+};
 use super::vdev::Vdev;
 use super::{check, vhost_user_socket};
 
@@ -68,6 +72,9 @@ struct DiskTable {
     serial: Option<Spanned<String>>,
     discard: Option<bool>,
     direct_io_safe: Option<bool>,
+    size: Option<Size>,
+    build: Option<Spanned<BuildSpec>>,
+    tailor: Option<Spanned<Tailor>>,
 }
 
 /// Reads a configuration. Relative paths in it are relative to the directory of `file`, which is not read.
@@ -194,6 +201,7 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
     if vhost_user.is_none() && nbd.is_none() {
         return Err(source.error(at, format!("nobody could use `{name}`: leave it `vhost-user` or `nbd`")));
     }
+    let create = new_image(table.size, table.build, table.tailor, source)?;
     let cdrom = table.cdrom.unwrap_or(false);
     let access = table.access.map(|access| access.0);
     Ok(DiskConfig {
@@ -207,10 +215,61 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
         nbd,
         serial,
         discard: table.discard.unwrap_or(defaults.discard),
+        create,
         direct_io_safe: table.direct_io_safe.unwrap_or(false),
         position: Some(source.position(at)),
         ..defaults
     })
+}
+
+/// What `size`, `build` and `tailor` say together; their paths begin where the configuration is.
+fn new_image(
+    size: Option<Size>,
+    build: Option<Spanned<BuildSpec>>,
+    tailor: Option<Spanned<Tailor>>,
+    source: &Source<'_>,
+) -> Result<Option<NewImage>, ConfigError> {
+    let of = |span: Range<usize>, message: &str| Err(source.error(span.start, message));
+    let tailor = match (tailor, &build) {
+        (Some(tailor), None) => {
+            return of(tailor.span(), "`tailor` changes a filesystem that is built here: add `build`");
+        }
+        (tailor, _) => tailor.map(|table| tailored(table, source)).transpose()?,
+    };
+    let build = match (build, size) {
+        (Some(build), None) => {
+            return of(
+                build.span(),
+                "an image is built in a file of a size: add `size = \"2G\"` to the disk",
+            );
+        }
+        (Some(build), Some(_)) => {
+            let span = build.span();
+            let mut spec = build.into_inner();
+            match &mut spec.from {
+                vbd_fs::Source::Stdin => {
+                    return of(span, "`from = \"-\"`: a configuration has no standard input, name a file");
+                }
+                vbd_fs::Source::Path(path) => *path = below(source.file, path),
+                vbd_fs::Source::Suite { .. } => {}
+            }
+            Some(spec)
+        }
+        (None, _) => None,
+    };
+    Ok(size.map(|size| NewImage { size, build, tailor: tailor.unwrap_or_default() }))
+}
+
+fn tailored(table: Spanned<Tailor>, source: &Source<'_>) -> Result<Tailor, ConfigError> {
+    let at = table.span().start;
+    let mut tailor = table.into_inner();
+    tailor.check().map_err(|e| source.error(at, e.to_string()))?;
+    let copied = tailor.copy_in.iter_mut().map(|copy| &mut copy.from);
+    let keys = tailor.user.iter_mut().flat_map(|user| &mut user.ssh_key_files);
+    for path in copied.chain(keys) {
+        *path = below(source.file, path);
+    }
+    Ok(tailor)
 }
 
 /// A path as the configuration has it: relative ones begin where the configuration is.

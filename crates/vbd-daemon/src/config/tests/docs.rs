@@ -25,6 +25,9 @@ fn every_key_has_its_line() {
         ("[nbd]\n", "### `[nbd]`"),
         ("[nbd]\nlisten = 'a:1'\n[nbd.tls]\n", "### `[nbd]`"),
         ("[[disk]]\n", "### `[[disk]]`"),
+        ("[[disk]]\n[disk.build]\n", "### `[disk.build]`"),
+        ("[[disk]]\n[disk.tailor]\n", "### `[disk.tailor]`"),
+        ("[[disk]]\n[[disk.tailor.user]]\n", "### `[disk.tailor]`"),
     ] {
         // The reader lists what it knows when it meets what it does not.
         let error = toml::parse(&format!("{table}bogus = 1"), Path::new("f")).unwrap_err().message;

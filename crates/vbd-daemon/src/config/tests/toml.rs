@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use proptest::prelude::*;
+use vbd_fs::{Filesystem, Source, Tailor};
 
 use super::told;
 use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, toml};
@@ -98,6 +99,49 @@ nbd = false
 }
 
 #[test]
+fn a_missing_image_can_be_made() {
+    assert!(read("[[disk]]\npath = 'a'").disks[0].create.is_none());
+    let config = read("[[disk]]\npath = 'a'\nsize = 2147484672");
+    let empty = config.disks[0].create.as_ref().unwrap();
+    assert_eq!(
+        (empty.size.bytes(), empty.build.is_none(), empty.tailor == Tailor::default()),
+        (2147484672, true, true)
+    );
+    let config = read(
+        r#"
+[[disk]]
+path = "vm1.img"
+size = "2G"
+[disk.build]
+from = "root.tar.zst"
+filesystem = "ext3"
+[disk.tailor]
+hostname = "vm1"
+fstab = ["/dev/vda:/"]
+copy-in = ["motd:/etc/motd", "/abs:/etc/abs"]
+[[disk.tailor.user]]
+name = "me"
+ssh-key-files = ["me.pub"]
+
+[[disk]]
+path = "vm2.img"
+size = "1G"
+build.from = "debian:bookworm"
+"#,
+    );
+    let made = config.disks[0].create.as_ref().unwrap();
+    let build = made.build.as_ref().unwrap();
+    assert_eq!(build.from, Source::Path("/etc/vbd/root.tar.zst".into()));
+    assert_eq!((build.filesystem, made.size.bytes()), (Filesystem::Ext3, 2 << 30));
+    assert_eq!(made.tailor.hostname.as_deref(), Some("vm1"));
+    let copied: Vec<_> = made.tailor.copy_in.iter().map(ToString::to_string).collect();
+    assert_eq!(copied, ["/etc/vbd/motd:/etc/motd", "/abs:/etc/abs"]);
+    assert_eq!(made.tailor.user[0].ssh_key_files, [Path::new("/etc/vbd/me.pub")]);
+    let suite = config.disks[1].create.as_ref().unwrap().build.as_ref().unwrap();
+    assert_eq!(suite.from.to_string(), "debian:bookworm");
+}
+
+#[test]
 fn the_defaults_of_the_nbd_server() {
     let nbd = read("nbd.listen = 'localhost:1'\n[[disk]]\npath = '/a'").nbd.unwrap();
     assert_eq!((nbd.max_clients, nbd.memory, nbd.tls), (NbdConfig::MAX_CLIENTS, NbdConfig::MEMORY, None));
@@ -171,6 +215,31 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         (
             "[[disk]]\npath='/a'\nname='x'\n[[disk]]\npath='/a'\naccess='r'",
             "4:1 /a is the disk `x` (line 1) too",
+        ),
+        ("[[disk]]\npath = '/a'\nsize = '-1G'", "3:8 \"-1G\" is negative"),
+        ("[[disk]]\npath = '/a'\nsize = 0", "3:8 a size of 0 makes no disk"),
+        (
+            "[[disk]]\npath = '/a'\nbuild = {from = '/'}",
+            "3:9 an image is built in a file of a size: add `size = \"2G\"` to the disk",
+        ),
+        ("[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nform = '/'", "5:1 unknown key `form`"),
+        ("[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nlabel = 'x'", "4:1 missing key `from`"),
+        (
+            "[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nfrom = 'debian:'",
+            "5:8 debian:: \"\" is no suite's name",
+        ),
+        (
+            "[[disk]]\npath = '/a'\nsize = '1G'\nbuild.from = '-'",
+            "4:1 `from = \"-\"`: a configuration has no standard input, name a file",
+        ),
+        (
+            "[[disk]]\npath = '/a'\ntailor.hostname = 'a'",
+            "3:1 `tailor` changes a filesystem that is built here: add `build`",
+        ),
+        ("[[disk]]\npath = '/a'\nsize = '1G'\nbuild.from = '/'\n[disk.tailor]\nhostname = '-'", "5:1 "),
+        (
+            "[[disk]]\npath = '/a'\nsize = '1G'\nbuild.from = '/'\n[disk.tailor]\nfstab = ['x']",
+            "6:9 \"x\": no mount point",
         ),
         (
             "[[disk]]\npath='/a'\nvhost-user='/s'\n[[disk]]\npath='/b'\nvhost-user='/s'",
