@@ -71,7 +71,14 @@ impl Engine {
         }
     }
 
-    /// Hands what was started to the kernel, and takes what has finished.
+    /// Hands what was started to the kernel.
+    pub(crate) fn flush(&mut self) {
+        if let Engine::Uring(ring) = self {
+            ring.flush();
+        }
+    }
+
+    /// Takes what has finished. What was started may still wait for [`flush`](Self::flush) or [`wait`](Self::wait).
     pub(crate) fn reap(&mut self, done: &mut Vec<(OpId, i32)>) {
         match self {
             Engine::Uring(ring) => ring.reap(done),
@@ -79,7 +86,7 @@ impl Engine {
         }
     }
 
-    /// As [`reap`](Self::reap), and sleeps until there is something or the time is over.
+    /// Hands what was started to the kernel, takes what has finished, and sleeps until there is something or the time is over.
     pub(crate) fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<(OpId, i32)>) {
         match self {
             Engine::Uring(ring) => ring.wait(timeout, done),

@@ -205,6 +205,8 @@ struct Inner {
     active: RefCell<Vec<Rc<dyn Poller>>>,
     tasks: Tasks,
     now: Cell<Instant>,
+    /// The reactor's own wait for a wake-up.
+    wake_up: Cell<Option<OpId>>,
     spin: Cell<Duration>,
     /// Slots of handles that were dropped while the engine was in use.
     unregister: RefCell<Vec<u32>>,
@@ -224,6 +226,7 @@ struct WakeUp(Local, FileHandle);
 
 impl Completion for WakeUp {
     fn complete(self: Rc<Self>, _token: u64, result: i32) {
+        self.0.0.wake_up.set(None);
         if result == -libc::ECANCELED {
             return;
         }
@@ -239,7 +242,8 @@ impl WakeUp {
     fn wait(self: Rc<Self>) {
         let (local, file) = (self.0.clone(), self.1.clone());
         // SAFETY: a poll has no pointers.
-        unsafe { local.submit(&file, &Op::Poll { events: libc::POLLIN }, self, 0) };
+        let id = unsafe { local.submit(&file, &Op::Poll { events: libc::POLLIN }, self, 0) };
+        local.0.wake_up.set(Some(id));
     }
 }
 
@@ -256,6 +260,7 @@ impl Local {
             deferred: RefCell::default(),
             active: RefCell::default(),
             now: Cell::new(Instant::now()),
+            wake_up: Cell::new(None),
             spin: Cell::new(Duration::ZERO),
             unregister: RefCell::default(),
         })))
@@ -412,6 +417,7 @@ impl Local {
             let now = self.0.now.get();
             let may_spin = !self.0.active.borrow().is_empty() && !self.0.spin.get().is_zero();
             if may_spin && now < *spin_until.get_or_insert(now + self.0.spin.get()) {
+                self.0.engine.borrow_mut().flush();
                 std::hint::spin_loop();
                 continue;
             }
@@ -444,7 +450,7 @@ impl Local {
         let inner = &*self.0;
         let mut worked = self.deliver(done);
         // After the deliveries, one of which may have cleared the wake-up.
-        if inner.shared.some.swap(false, Ordering::SeqCst) {
+        if inner.shared.some.load(Ordering::Relaxed) && inner.shared.some.swap(false, Ordering::SeqCst) {
             let mut mail = inner.shared.take();
             worked = true;
             self.deliver(&mut mail.finished);
@@ -516,10 +522,10 @@ impl Local {
         self.0.tasks.clear();
         let now = Instant::now();
         let since = *stopping.get_or_insert(now);
-        // One operation is the reactor's own: the wait for a wake-up.
-        if self.0.flights.borrow().len() <= 1 || now > since + self.0.settings.stop_within * 2 {
-            let ids = self.0.flights.borrow().ids(true);
-            ids.into_iter().for_each(|id| self.cancel(id));
+        let wake_up = self.0.wake_up.get();
+        let others = self.0.flights.borrow().len() - usize::from(wake_up.is_some());
+        if others == 0 || now > since + self.0.settings.stop_within * 2 {
+            wake_up.into_iter().for_each(|id| self.cancel(id));
             let mut done = Vec::new();
             self.0.engine.borrow_mut().wait(Some(Duration::from_millis(100)), &mut done);
             self.turn(&mut done);
@@ -528,7 +534,7 @@ impl Local {
         // Sockets and eventfds may wait for ever: they are cancelled at once, I/O when it is late.
         let late = now > since + self.0.settings.stop_within;
         let ids = self.0.flights.borrow().ids(late);
-        ids.into_iter().for_each(|id| self.cancel(id));
+        ids.into_iter().filter(|id| Some(*id) != wake_up).for_each(|id| self.cancel(id));
         false
     }
 }

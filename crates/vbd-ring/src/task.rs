@@ -56,7 +56,7 @@ impl Tasks {
 
     /// Polls what was woken; true if there was something.
     pub(crate) fn run(&self) -> bool {
-        if !self.woken.some.swap(false, Ordering::SeqCst) {
+        if !self.woken.some.load(Ordering::Relaxed) || !self.woken.some.swap(false, Ordering::SeqCst) {
             return false;
         }
         let ids = std::mem::take(&mut *self.woken.ids.lock().unwrap_or_else(PoisonError::into_inner));

@@ -10,6 +10,8 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use crate::{FileHandle, Op, OpId};
 
 const ENTRIES: u32 = 256;
+/// Entries that are submitted without waiting for the end of the turn.
+const BATCH: usize = 32;
 const COMPLETIONS: u32 = 4096;
 /// Slots of the table of registered files; more files than that are used by their plain descriptor.
 const FILES: u32 = 4096;
@@ -91,28 +93,41 @@ impl Uring {
     }
 
     pub(crate) fn reap(&mut self, done: &mut Vec<(OpId, i32)>) {
-        loop {
-            let (queued, task_work) = {
-                let queue = self.ring.submission();
-                (queue.len(), queue.taskrun() || queue.cq_overflow())
-            };
-            if queued > 0 || task_work {
-                self.enter(0, None);
-            }
-            self.collect(done);
-            if self.refill() == 0 {
+        let (queued, task_work) = {
+            let queue = self.ring.submission();
+            (queue.len(), queue.taskrun() || queue.cq_overflow())
+        };
+        // Entries wait for the next sleep or spin, so that one call submits a batch and waits; not too many, though.
+        if task_work || queued >= BATCH || !self.backlog.is_empty() {
+            self.flush();
+        }
+        self.collect(done);
+    }
+
+    /// Hands everything that was started to the kernel.
+    pub(crate) fn flush(&mut self) {
+        while !self.ring.submission().is_empty() || self.refill() > 0 {
+            if !self.enter(0, None) {
                 return;
             }
+        }
+        let queue = self.ring.submission();
+        if queue.taskrun() || queue.cq_overflow() {
+            drop(queue);
+            self.enter(0, None);
         }
     }
 
     pub(crate) fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<(OpId, i32)>) {
         let before = done.len();
-        self.collect(done);
-        if done.len() == before && self.refill() == 0 {
-            self.enter(1, timeout);
+        if !self.backlog.is_empty() {
+            self.flush();
         }
-        self.reap(done);
+        self.collect(done);
+        if done.len() == before {
+            self.enter(1, timeout);
+            self.collect(done);
+        }
     }
 
     /// Moves entries from the backlog to the queue; says how many.
@@ -131,7 +146,8 @@ impl Uring {
     }
 
     /// One io_uring_enter. Failures (EINTR, EBUSY, EAGAIN, ETIME) leave the entries queued for the next turn.
-    fn enter(&mut self, want: usize, timeout: Option<Duration>) {
+    /// Says whether it went well.
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> bool {
         let queued = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
         let submitter = self.ring.submitter();
         let result = match timeout {
@@ -146,12 +162,13 @@ impl Uring {
                 unsafe { submitter.enter::<libc::sigset_t>(queued, want, GETEVENTS, None) }
             }
         };
-        if let Err(error) = result {
+        if let Err(error) = &result {
             let expected = [libc::EINTR, libc::EBUSY, libc::EAGAIN, libc::ETIME];
             if !expected.contains(&error.raw_os_error().unwrap_or(0)) {
                 tracing::error!("io_uring_enter: {error}");
             }
         }
+        result.is_ok()
     }
 
     fn collect(&mut self, done: &mut Vec<(OpId, i32)>) {

@@ -103,11 +103,12 @@ impl Channel for InjectChannel {
             None => self.relay.clone().pass(self, request),
             Some(Action::Fail(kind)) => request.fail(Error::new(kind, "injected")),
             Some(Action::Delay(time)) => {
-                let slot = self.delayed.borrow().iter().position(Option::is_none).unwrap_or_else(|| {
-                    self.delayed.borrow_mut().push(None);
-                    self.delayed.borrow().len() - 1
-                });
-                self.delayed.borrow_mut()[slot] = Some(request);
+                let mut delayed = self.delayed.borrow_mut();
+                let slot = delayed.iter().position(Option::is_none).unwrap_or(delayed.len());
+                let len = delayed.len().max(slot + 1);
+                delayed.resize_with(len, || None);
+                delayed[slot] = Some(request);
+                drop(delayed);
                 let (local, at) = (self.local.clone(), self.local.now() + time);
                 local.timer(at, self, slot as u64);
             }
