@@ -5,5 +5,6 @@ pub mod create;
 pub mod host;
 pub mod lease;
 pub mod open;
+pub mod probe;
 pub mod raw;
 pub mod size;
