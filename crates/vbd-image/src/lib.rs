@@ -4,6 +4,7 @@ mod clock;
 pub mod create;
 pub mod host;
 pub mod lease;
+pub mod map;
 pub mod open;
 pub mod probe;
 pub mod raw;
