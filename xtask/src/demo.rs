@@ -176,9 +176,16 @@ impl Place {
     fn build(&self, tree: &Path, image: &Path) -> Result<()> {
         let mut build = self.vbd();
         build.args(["build", "vm1disk", "--force", "--size", SIZE, "--from", "-"]);
-        build.args(["--hostname", "vm1", "--fstab", "/dev/vda / ext4 defaults 0 1", "--console", "ttyS0"]);
-        build.args(["--root-password-hash", HASH]);
-        build.args(["--user", "ada", "--user-password-hash", HASH]);
+        build.args([
+            "--hostname",
+            "vm1",
+            "--fstab",
+            "/dev/vda:/",
+            "--serial-console",
+            "ttyS0",
+            "--reset-identity",
+        ]);
+        build.args(["--user", "ada", "--password-hash", HASH, "--root-password-hash", HASH]);
         println!("$ {}", shown(&build));
         // Opened here: the directory of the tree may be closed to the other user.
         let status = build.stdin(Stdio::from(File::open(tree)?)).status().context("starting vbd build")?;
