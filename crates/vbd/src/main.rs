@@ -1,5 +1,7 @@
 //! The command: one module a verb, each with its arguments and a `run`.
 
+mod output;
+mod paste;
 mod progress;
 mod verbs;
 
@@ -39,7 +41,8 @@ fn main() -> ExitCode {
     match cli.verb.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vbd: {error:#}");
+            // Several things that are wrong are told together, a line each.
+            eprintln!("vbd: {}", format!("{error:#}").replace('\n', "\nvbd: "));
             if error.is::<UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }

@@ -1,9 +1,91 @@
 //! `vbd grow`.
 
-/// Make a disk larger, served or not; a running guest is told at once.
-#[derive(clap::Args)]
-pub(crate) struct Args {}
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
 
-pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
-    anyhow::bail!("not built yet")
+use anyhow::{Context, bail};
+use vbd_daemon::control::{Grow, Grown};
+use vbd_image::lease::{self, Lease};
+use vbd_image::open::{self, Kind};
+use vbd_image::size::{Human, Size, SizeError};
+
+use super::control::{self, unknown};
+use crate::output::print;
+
+/// Make a disk larger: one that is served, whose guest sees it at once, or a file.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The name of a disk that is served, or a file
+    target: String,
+    /// The new size (4G), or what is to be added (+2G)
+    #[arg(long, short, value_name = "SIZE", required_unless_present = "to")]
+    size: Option<Amount>,
+    /// The new size, without the option's name
+    #[arg(value_name = "SIZE", conflicts_with = "size")]
+    to: Option<Amount>,
+    #[command(flatten)]
+    control: control::Args,
+}
+
+/// A size, or one with a plus before it.
+#[derive(Clone, Copy)]
+struct Amount(Grow);
+
+impl FromStr for Amount {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        let grow = match text.strip_prefix('+') {
+            Some(more) => Grow::By(more.parse::<Size>()?.bytes()),
+            None => Grow::To(text.parse::<Size>()?.bytes()),
+        };
+        Ok(Amount(grow))
+    }
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let Some(Amount(to)) = args.size.or(args.to) else { bail!("no size") };
+    let file = Path::new(&args.target);
+    // A name has no slash in it; what has none is a name first.
+    let served = if args.target.contains('/') { None } else { args.control.find(&args.target)? };
+    let served = match served {
+        None if file.exists() => args.control.find_file(file)?,
+        other => other,
+    };
+    let (name, grown) = match served {
+        Some(found) => (found.disk.name.clone(), found.client.grow(&found.disk.name, to)?),
+        None if file.exists() => (args.target.clone(), offline(file, to)?),
+        None if args.target.contains('/') => bail!("{}: there is no such file", file.display()),
+        None => {
+            return Err(unknown(&args.target).context(format!("{}: there is no such file", file.display())));
+        }
+    };
+    Ok(print(&format!("{name}: {} -> {}\n", Human(grown.before), Human(grown.size)))?)
+}
+
+/// Makes a file larger that nobody serves, and keeps others from it meanwhile.
+fn offline(path: &Path, to: Grow) -> anyhow::Result<Grown> {
+    if open::open(path)?.kind == Kind::Block {
+        bail!("{}: a block device is made larger by what made it (lvextend, for example)", path.display());
+    }
+    let failed = |doing| move || format!("{}: {doing}", path.display());
+    let file =
+        File::options().read(true).write(true).open(path).with_context(failed("opening it for writing"))?;
+    let options = lease::Options { wait: Duration::from_secs(2), ..lease::Options::default() };
+    let _lease = Lease::acquire(file.as_fd(), path, lease::Mode::Write, options)?;
+    let before = file.metadata()?.len();
+    let Some(size) = to.of(before) else { bail!("{}: no file can become that large", path.display()) };
+    if size < before {
+        bail!(
+            "{}: it has {} ({before} bytes), and a disk does not become smaller: a filesystem in it would be cut off",
+            path.display(),
+            Human(before)
+        );
+    }
+    let grow = || file.set_len(size).and_then(|()| file.sync_all());
+    grow().with_context(failed("making it larger"))?;
+    Ok(Grown { before, size })
 }

@@ -1,9 +1,68 @@
 //! `vbd list`.
 
-/// List the disks that are being served.
-#[derive(clap::Args)]
-pub(crate) struct Args {}
+use serde::Serialize;
+use vbd_daemon::control::{DiskInfo, FrontEndInfo};
+use vbd_image::size::Human;
 
-pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
-    anyhow::bail!("not built yet")
+use super::control;
+use crate::output::{Table, print, print_json};
+
+/// Show the disks that are served.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    control: control::Args,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A disk as `--json` shows it.
+#[derive(Serialize)]
+struct Listed {
+    pid: u32,
+    control: std::path::PathBuf,
+    #[serde(flatten)]
+    disk: DiskInfo,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let mut disks = Vec::new();
+    for client in args.control.clients()? {
+        // A process that ends meanwhile has nothing to show.
+        let Ok(process) = client.process() else { continue };
+        let control = client.socket().to_owned();
+        let listed = |disk| Listed { pid: process.pid, control: control.clone(), disk };
+        disks.extend(client.disks()?.into_iter().map(listed));
+    }
+    if args.json {
+        return print_json(&disks);
+    }
+    if disks.is_empty() {
+        eprintln!("vbd: no disk is served");
+        return Ok(());
+    }
+    let mut table = Table::new(&["NAME", ">SIZE", "ACCESS", ">CLIENTS", "FRONT-ENDS", "FILE", ">PROCESS"]);
+    for Listed { pid, disk, .. } in &disks {
+        table.row([
+            disk.name.clone(),
+            disk.size.map_or_else(|| "?".to_owned(), |size| Human(size).to_string()),
+            if disk.read_only { "r" } else { "w" }.to_owned(),
+            disk.clients().to_string(),
+            disk.front_ends.iter().map(front_end).collect::<Vec<_>>().join(", "),
+            disk.path.display().to_string(),
+            pid.to_string(),
+        ]);
+    }
+    print(&table.render(0))?;
+    for Listed { disk, .. } in &disks {
+        if let Some(problem) = &disk.problem {
+            eprintln!("vbd: {problem}");
+        }
+    }
+    Ok(())
+}
+
+fn front_end(front_end: &FrontEndInfo) -> String {
+    format!("{} {}", front_end.kind, front_end.address)
 }

@@ -1,0 +1,251 @@
+//! The disks that a process serves: added, listed, grown, taken away, stopped.
+
+mod front;
+mod reactors;
+mod served;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Notify;
+
+use crate::config::{Config, DiskConfig, Limits};
+use crate::control::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo};
+use crate::daemon::StartError;
+use crate::service::Listener;
+use crate::{Fault, FaultKind};
+
+use front::Exports;
+use reactors::Reactors;
+use served::Served;
+
+/// How many disks are stopped at the same time.
+const STOPPERS: usize = 16;
+
+/// All disks of one process. Every method may block, so none is to be called on a reactor.
+pub struct Supervisor {
+    disks: RwLock<BTreeMap<String, Arc<Served>>>,
+    /// Held while a disk is added, so that a name or a socket is judged free once.
+    adding: Mutex<()>,
+    exports: Exports,
+    limits: Limits,
+    stop_within: Duration,
+    stopping: AtomicBool,
+    changed: Notify,
+    since: SystemTime,
+    // Last, since all of the above work on them.
+    reactors: Reactors,
+}
+
+impl Supervisor {
+    /// Starts the reactors, the NBD servers and every disk, or nothing. Also gives the disks in the order of the
+    /// configuration.
+    ///
+    /// # Errors
+    /// All that is wrong.
+    pub(crate) fn start(
+        config: Config,
+        settings: vbd_ring::Settings,
+        listeners: Vec<Listener>,
+        incoming: bool,
+        stop_within: Duration,
+    ) -> Result<(Self, Vec<DiskInfo>), StartError> {
+        let reactors = Reactors::start(config.reactors, &settings)?;
+        let mut faults = Vec::new();
+        // A file that its last user is still letting go of is waited for, once for all disks.
+        let patience = Instant::now() + served::LEASE_WAIT;
+        let mut disks = Vec::new();
+        for disk in config.disks {
+            match served::open(disk, (!incoming).then_some(patience)) {
+                Ok(disk) => disks.push(disk),
+                Err(fault) => faults.push(fault),
+            }
+        }
+        let exports = Exports::bind(config.nbd, listeners, &reactors, &mut faults);
+        let supervisor = Supervisor {
+            disks: RwLock::default(),
+            adding: Mutex::default(),
+            exports,
+            limits: config.limits,
+            stop_within,
+            stopping: AtomicBool::new(false),
+            changed: Notify::new(),
+            since: SystemTime::now(),
+            reactors,
+        };
+        let mut ready = Vec::new();
+        for disk in disks {
+            match supervisor.serve(disk) {
+                Ok(disk) => ready.push(disk),
+                Err(fault) => faults.push(fault),
+            }
+        }
+        if faults.is_empty() {
+            return Ok((supervisor, ready));
+        }
+        // What could not be stopped is of no interest beside why nothing was started.
+        let _ = supervisor.stop(stop_within);
+        Err(StartError(faults))
+    }
+
+    /// Gives an opened disk its front-ends and its place in the list.
+    fn serve(&self, disk: served::Opened) -> Result<DiskInfo, Fault> {
+        let served = Arc::new(disk.serve(&self.exports, &self.reactors, self.limits)?);
+        let info = served.info();
+        self.write().insert(served.name().to_owned(), served);
+        Ok(info)
+    }
+
+    /// About this process.
+    pub fn process(&self) -> ProcessInfo {
+        ProcessInfo {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            since: self.since.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            reactors: self.reactors.count(),
+            disks: self.read().len(),
+        }
+    }
+
+    /// All disks, by name.
+    pub fn list(&self) -> Vec<DiskInfo> {
+        let disks: Vec<_> = self.read().values().cloned().collect();
+        disks.iter().map(|disk| disk.info()).collect()
+    }
+
+    /// A disk with its counters.
+    ///
+    /// # Errors
+    /// No disk has this name.
+    pub fn stat(&self, name: &str) -> Result<DiskStat, Fault> {
+        Ok(self.get(name)?.stat())
+    }
+
+    /// Makes a disk larger and tells its guests.
+    ///
+    /// # Errors
+    /// No disk has this name, it would become smaller, it cannot grow, or there is no room.
+    pub fn grow(&self, name: &str, to: Grow) -> Result<Grown, Fault> {
+        self.get(name)?.grow(to)
+    }
+
+    /// Serves one more disk.
+    ///
+    /// # Errors
+    /// The name, a socket or the file is taken, there are as many disks as the configuration allows, the request makes
+    /// no sense, or the disk cannot be opened.
+    pub fn add(&self, disk: NewDisk) -> Result<DiskInfo, Fault> {
+        let config = served::config_of(disk)?;
+        let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_room(&config)?;
+        let opened = served::open(config, Some(Instant::now() + served::LEASE_WAIT))?;
+        let info = self.serve(opened)?;
+        if self.stopping.load(Ordering::SeqCst) {
+            // The stop may have come by before the disk was in the list.
+            if let Some(disk) = self.write().remove(&info.name) {
+                disk.stop(&self.exports, self.stop_within)?;
+            }
+            return Err(stopping());
+        }
+        Ok(info)
+    }
+
+    fn check_room(&self, config: &DiskConfig) -> Result<(), Fault> {
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(stopping());
+        }
+        let disks = self.read();
+        if disks.contains_key(&config.name) {
+            let message = format!("another disk is called `{}`: choose another name", config.name);
+            return Err(Fault::new(FaultKind::Exists, message));
+        }
+        if disks.len() >= self.limits.max_devices {
+            let message = format!(
+                "`{}` would be one disk more than `max-devices` allows ({}): raise it in [limits]",
+                config.name, self.limits.max_devices
+            );
+            return Err(Fault::new(FaultKind::Limit, message));
+        }
+        Ok(())
+    }
+
+    /// Ends serving a disk: what it has in work is finished, within the bound of a clean stop.
+    ///
+    /// # Errors
+    /// No disk has this name, guests use it and it was not forced, or it did not stop cleanly (it is gone all the same).
+    pub fn detach(&self, name: &str, how: Detach) -> Result<(), Fault> {
+        let disk = {
+            let mut disks = self.write();
+            let disk = disks.get(name).ok_or_else(|| Fault::unknown(name))?;
+            let clients = disk.clients();
+            if clients > 0 && !how.force {
+                let message = format!(
+                    "`{name}` is in use by {clients} {}: disconnect first, or take it away all the same with --force",
+                    if clients == 1 { "guest or client" } else { "guests or clients" }
+                );
+                return Err(Fault::new(FaultKind::Busy, message));
+            }
+            disks.remove(name)
+        };
+        let result = disk.map_or(Ok(()), |disk| disk.stop(&self.exports, self.stop_within));
+        self.changed.notify_one();
+        result
+    }
+
+    /// Waits until there is no disk any more.
+    pub(crate) async fn empty(&self) {
+        while !self.read().is_empty() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Ends serving everything: nothing new is taken, what is in work is finished, within this time.
+    ///
+    /// # Errors
+    /// What did not stop cleanly. It is stopped all the same.
+    pub(crate) fn stop(&self, within: Duration) -> Result<(), StartError> {
+        let deadline = Instant::now() + within;
+        self.stopping.store(true, Ordering::SeqCst);
+        let disks = std::mem::take(&mut *self.write());
+        let faults = Mutex::new(Vec::new());
+        let note = |result: Result<(), Fault>| {
+            if let Err(fault) = result {
+                faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+            }
+        };
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let threads = disks.len().min(STOPPERS);
+        let waiting = Mutex::new(disks.into_values());
+        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some(disk) = next() {
+                        note(disk.stop(&self.exports, left()));
+                    }
+                });
+            }
+        });
+        self.exports.stop(left()).into_iter().for_each(|fault| note(Err(fault)));
+        let faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if faults.is_empty() { Ok(()) } else { Err(StartError(faults)) }
+    }
+
+    fn get(&self, name: &str) -> Result<Arc<Served>, Fault> {
+        self.read().get(name).cloned().ok_or_else(|| Fault::unknown(name))
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Arc<Served>>> {
+        self.disks.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Arc<Served>>> {
+        self.disks.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn stopping() -> Fault {
+    Fault::new(FaultKind::Stopping, "this process is stopping and takes no more disks")
+}

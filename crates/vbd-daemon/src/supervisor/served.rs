@@ -1,0 +1,249 @@
+//! One disk that is served: its file, its front-ends, its end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vbd_core::file::Cache;
+use vbd_core::{Disk, SECTOR};
+use vbd_image::host;
+use vbd_image::lease::{self, Mode};
+use vbd_image::open;
+use vbd_image::raw::{Raw, RawOptions};
+
+use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
+use crate::control::{DiskInfo, DiskStat, FrontEndInfo, Grow, Grown, NewDisk, OperationStat, QueueStat};
+use crate::{Fault, FaultKind};
+
+use super::front::Exports;
+use super::reactors::Reactors;
+
+/// How long a file that somebody uses may take to become free: the kernel holds a killed process's files until its last
+/// I/O has ended.
+pub(super) const LEASE_WAIT: Duration = Duration::from_secs(5);
+/// How often it is looked whether it is free.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// A disk that could be opened and has no front-ends yet.
+pub(super) struct Opened {
+    config: DiskConfig,
+    disk: Arc<dyn Disk>,
+}
+
+pub(super) struct Served {
+    config: DiskConfig,
+    disk: Arc<dyn Disk>,
+}
+
+/// Makes the disk of a configuration's entry, and looks whether it can be served: a file that is there, that is a disk,
+/// and, if `patience` is given, that nobody uses then. The lease itself is taken when a guest starts.
+pub(super) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Opened, Fault> {
+    if config.vhost_user.is_none() && config.nbd.is_none() {
+        let message =
+            format!("{}: no front-end: name a vhost-user socket, an NBD export, or both", config.name);
+        return Err(Fault::new(FaultKind::Invalid, message));
+    }
+    let failed = |error: &dyn std::fmt::Display| Fault::failed(&config.name, error);
+    let image = open::open(&config.path).map_err(|error| failed(&error))?;
+    if image.size == 0 {
+        let path = config.path.display();
+        return Err(failed(&format!(
+            "{path} is empty, so there is no disk in it: `vbd create --force` gives it a size"
+        )));
+    }
+    if config.access.is_writable() {
+        may_write(&config)?;
+    }
+    if let Some(patience) = patience.filter(|_| config.access != Access::ReadWriteForce) {
+        wait_until_free(&config, patience)?;
+        let used = host::usage(&image.file, &config.path).map_err(|error| failed(&error))?;
+        if let Some(used) = used.filter(|_| config.access.is_writable()) {
+            return Err(Fault { kind: FaultKind::Busy, ..failed(&used) });
+        }
+    }
+    drop(image);
+    let disk = make(&config);
+    disk.inspect().map_err(|error| named(&config, error))?;
+    Ok(Opened { config, disk })
+}
+
+fn make(config: &DiskConfig) -> Arc<dyn Disk> {
+    match config.format {
+        Format::Raw => Raw::new(RawOptions {
+            name: config.name.clone(),
+            read_only: !config.access.is_writable(),
+            share: config.access == Access::ReadWriteForce,
+            cache: match config.cache {
+                CacheMode::None => Cache::None,
+                CacheMode::Writeback => Cache::Writeback,
+                CacheMode::Writethrough => Cache::Writethrough,
+            },
+            keep_space: !config.discard,
+            lease_wait: LEASE_WAIT,
+            ..RawOptions::new(&config.path)
+        }),
+    }
+}
+
+/// Refuses a file that cannot be written to, before a guest finds out.
+fn may_write(config: &DiskConfig) -> Result<(), Fault> {
+    use rustix::fs::{AtFlags, CWD, accessat};
+    accessat(CWD, &config.path, rustix::fs::Access::WRITE_OK, AtFlags::EACCESS).map_err(|error| {
+        let path = config.path.display();
+        let error = std::io::Error::from(error);
+        Fault::failed(
+            &config.name,
+            format_args!("{path} cannot be written to ({error}): mend that, or serve it read-only"),
+        )
+    })
+}
+
+fn named(config: &DiskConfig, error: vbd_core::Error) -> Fault {
+    let fault = Fault::from(error);
+    Fault { message: format!("{}: {}", config.name, fault.message), ..fault }
+}
+
+fn wait_until_free(config: &DiskConfig, patience: Instant) -> Result<(), Fault> {
+    let writable = config.access.is_writable();
+    loop {
+        let holders = lease::holders(&config.path);
+        let mut holders = holders.map_err(|error| Fault::failed(&config.name, error))?;
+        holders.retain(|holder| writable || holder.mode == Mode::Write);
+        if holders.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= patience {
+            let holders = holders.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let message = format!(
+                "{}: {} is in use by {holders}; end that first, or say --incoming where it is about to end",
+                config.name,
+                config.path.display(),
+            );
+            return Err(Fault::new(FaultKind::Busy, message));
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+impl Opened {
+    /// Makes the front-ends; those that could be made are gone again where one could not.
+    pub(super) fn serve(
+        self,
+        _exports: &Exports,
+        _reactors: &Reactors,
+        _limits: Limits,
+    ) -> Result<Served, Fault> {
+        Ok(Served { config: self.config, disk: self.disk })
+    }
+}
+
+impl Served {
+    pub(super) fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    pub(super) fn clients(&self) -> usize {
+        self.front_ends().iter().map(|front_end| front_end.clients).sum()
+    }
+
+    fn front_ends(&self) -> Vec<FrontEndInfo> {
+        Vec::new()
+    }
+
+    pub(super) fn info(&self) -> DiskInfo {
+        let config = &self.config;
+        let (geometry, problem) = match self.disk.inspect() {
+            Ok((geometry, _)) => (Some(geometry), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        DiskInfo {
+            name: config.name.clone(),
+            path: absolute(&config.path),
+            format: config.format.to_string(),
+            size: geometry.map(|geometry| geometry.size),
+            block_size: geometry.map(|geometry| geometry.block_size),
+            read_only: !config.access.is_writable(),
+            cache: config.cache.to_string(),
+            front_ends: self.front_ends(),
+            problem,
+        }
+    }
+
+    pub(super) fn stat(&self) -> DiskStat {
+        let queues = self.disk.statistics().snapshot().into_iter().map(|queue| QueueStat {
+            queue: queue.label,
+            operations: queue.operations.iter().map(operation).collect(),
+        });
+        DiskStat { queues: queues.collect(), disk: self.info() }
+    }
+
+    pub(super) fn grow(&self, to: Grow) -> Result<Grown, Fault> {
+        let failed = |error| named(&self.config, error);
+        // The session that the guests have, or one for this alone, which takes the lease for a moment.
+        let session = self.disk.open().map_err(failed)?;
+        let before = session.geometry().size;
+        let invalid = |why: &str| Fault::new(FaultKind::Invalid, format!("{}: {why}", self.config.name));
+        let size = to.of(before).ok_or_else(|| invalid("no file can become that large"))?;
+        let size =
+            size.checked_next_multiple_of(SECTOR).ok_or_else(|| invalid("no file can become that large"))?;
+        if size < before {
+            return Err(invalid(&format!(
+                "it has {before} bytes, and a disk in use never becomes smaller ({size})"
+            )));
+        }
+        session.grow(size).map_err(failed)?;
+        Ok(Grown { before, size })
+    }
+
+    pub(super) fn stop(&self, _exports: &Exports, _within: Duration) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn operation(counts: &vbd_core::OperationCount) -> OperationStat {
+    OperationStat {
+        operation: counts.operation.to_owned(),
+        count: counts.count,
+        bytes: counts.bytes,
+        errors: counts.errors,
+        queue_ns: counts.queue_ns,
+        service_ns: counts.service_ns,
+        longest_ns: counts.longest_ns,
+    }
+}
+
+/// What the API asks for, as a configuration's entry.
+pub(super) fn config_of(disk: NewDisk) -> Result<DiskConfig, Fault> {
+    let invalid = |message: String| Fault::new(FaultKind::Invalid, message);
+    if !disk.path.is_absolute() {
+        // The directory of the process that serves means nothing to the one that asks.
+        return Err(invalid(format!("{}: name the file by its absolute path", disk.path.display())));
+    }
+    let name = disk.name.or_else(|| DiskConfig::default_name(&disk.path));
+    let name = name.ok_or_else(|| invalid(format!("{}: give the disk a `name`", disk.path.display())))?;
+    DiskConfig::check_name(&name).map_err(invalid)?;
+    let mut config = DiskConfig::new(name, disk.path);
+    let in_disk = |message: String| invalid(format!("{}: {message}", config.name));
+    fn told<T: std::str::FromStr<Err = String>>(text: Option<String>, default: T) -> Result<T, String> {
+        text.map_or(Ok(default), |text| text.parse())
+    }
+    let format = told(disk.format, config.format).map_err(in_disk)?;
+    let access = told(disk.access, config.access).map_err(in_disk)?;
+    let cache = told(disk.cache, config.cache).map_err(in_disk)?;
+    if let Some(serial) = &disk.serial {
+        DiskConfig::check_serial(serial).map_err(in_disk)?;
+    }
+    if disk.queues.is_some_and(|queues| !(1..=Limits::MAX_QUEUES).contains(&queues)) {
+        return Err(in_disk(format!("`queues` is a number from 1 to {}", Limits::MAX_QUEUES)));
+    }
+    (config.format, config.access, config.cache) = (format, access, cache);
+    config.queues = disk.queues;
+    config.serial = disk.serial.unwrap_or(config.serial);
+    config.discard = disk.discard.unwrap_or(config.discard);
+    (config.vhost_user, config.nbd) = (disk.vhost_user, disk.nbd);
+    Ok(config)
+}

@@ -1,0 +1,81 @@
+//! What the verbs that speak to serving processes have in common: finding the process that serves a disk.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use vbd_daemon::config::default_runtime_dir;
+use vbd_daemon::control::{Client, DiskInfo, client::ClientError, find};
+
+/// Which processes to ask.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A control socket, or a runtime directory with several (default: this user's runtime directory)
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+/// A disk and the process that serves it.
+pub(crate) struct Found {
+    pub(crate) client: Client,
+    pub(crate) disk: DiskInfo,
+}
+
+impl Args {
+    /// Clients of the processes that serve now.
+    pub(crate) fn clients(&self) -> anyhow::Result<Vec<Client>> {
+        let directory = match &self.control {
+            Some(path) if !path.is_dir() => return Ok(vec![Client::new(path)]),
+            Some(path) => path.clone(),
+            None => default_runtime_dir(),
+        };
+        let sockets = find::sockets(&directory);
+        let sockets =
+            sockets.with_context(|| format!("{}: looking for control sockets", directory.display()))?;
+        Ok(sockets.into_iter().map(Client::new).collect())
+    }
+
+    /// All disks of all of them. A process that ends meanwhile has none.
+    pub(crate) fn disks(&self) -> anyhow::Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for client in self.clients()? {
+            match client.disks() {
+                Ok(disks) => {
+                    found.extend(disks.into_iter().map(|disk| Found { client: client.clone(), disk }));
+                }
+                Err(ClientError::Unreachable { .. }) if self.control.is_none() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(found)
+    }
+
+    /// The disk of this name; `None` where there is none.
+    pub(crate) fn find(&self, name: &str) -> anyhow::Result<Option<Found>> {
+        self.only(name, |disk| disk.name == name)
+    }
+
+    /// The disk that is this file, if it is served.
+    pub(crate) fn find_file(&self, file: &Path) -> anyhow::Result<Option<Found>> {
+        let same = |disk: &DiskInfo| match (disk.path.canonicalize(), file.canonicalize()) {
+            (Ok(served), Ok(file)) => served == file,
+            _ => false,
+        };
+        self.only(&file.display().to_string(), same)
+    }
+
+    fn only(&self, what: &str, chosen: impl Fn(&DiskInfo) -> bool) -> anyhow::Result<Option<Found>> {
+        let mut found = self.disks()?;
+        found.retain(|found| chosen(&found.disk));
+        if found.len() > 1 {
+            let sockets: Vec<_> =
+                found.iter().map(|f| format!("--control {}", f.client.socket().display())).collect();
+            bail!("{} processes serve {what}: say which, {}", found.len(), sockets.join(" or "));
+        }
+        Ok(found.pop())
+    }
+}
+
+/// No process serves a disk of that name.
+pub(crate) fn unknown(name: &str) -> anyhow::Error {
+    anyhow::anyhow!("no disk called `{name}` is served: `vbd list` shows those that are")
+}
