@@ -323,6 +323,37 @@ fn requests_beyond_the_limits_of_one_call_are_split() {
 }
 
 #[test]
+fn a_request_beyond_2_gib_is_split() {
+    struct Done(std::sync::mpsc::Sender<(Option<String>, Vec<u8>)>);
+    impl vbd_core::Sink for Done {
+        fn complete(self: std::rc::Rc<Self>, request: vbd_core::Request, result: vbd_core::Result<()>) {
+            let last = request.memory.last().expect("a piece");
+            let end = last.iov_base.cast::<u8>().wrapping_add(last.iov_len - 512);
+            // SAFETY: in the buffer that the request's guard keeps.
+            let sector = unsafe { std::slice::from_raw_parts(end, 512) }.to_vec();
+            let _ = self.0.send((result.err().map(|error| error.to_string()), sector));
+        }
+    }
+    let dir = on_disk();
+    let size = 5 << 29;
+    let backend = file(dir.path(), size, Options::default());
+    let client = Client::on_file(EngineKind::Auto, &backend);
+    client.write(size - 512, vec![4; 512]);
+    let (done, answer) = std::sync::mpsc::channel();
+    client.handle().post(move |local| {
+        // One buffer for all pieces: what counts is where the last bytes come from.
+        let mut memory = vec![0u8; (32 << 20) + 4096];
+        let base = memory.as_mut_ptr().wrapping_add(memory.as_ptr().align_offset(4096));
+        let mut request =
+            vbd_core::Request::new(Operation::Read, 0, size, local.now(), std::rc::Rc::new(Done(done)));
+        request.memory = vec![vbd_core::IoVec { iov_base: base.cast(), iov_len: 32 << 20 }; 80];
+        request.guard = Some(Arc::new(memory));
+        support::channel_of_this_thread().submit(request);
+    });
+    assert_eq!(answer.recv().expect("an answer"), (None, vec![4; 512]));
+}
+
+#[test]
 fn what_the_guest_gets_wrong_is_refused() {
     let dir = in_memory();
     let backend = file(dir.path(), SIZE, Options::default());

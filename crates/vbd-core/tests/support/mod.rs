@@ -90,6 +90,11 @@ thread_local! {
     static CHANNEL: RefCell<Option<Rc<dyn Channel>>> = const { RefCell::new(None) };
 }
 
+/// For requests that a test builds itself, within `Handle::post`.
+pub(crate) fn channel_of_this_thread() -> Rc<dyn Channel> {
+    CHANNEL.with_borrow(Clone::clone).expect("open")
+}
+
 /// One queue of a disk, on a reactor of its own.
 pub(crate) struct Client {
     reactor: Option<Reactor>,
@@ -130,7 +135,7 @@ impl Client {
                 request.guard = Some(memory.clone());
                 *sink.memory.borrow_mut() = Some(memory);
             }
-            CHANNEL.with_borrow(|channel| channel.clone()).expect("open").submit(request);
+            channel_of_this_thread().submit(request);
         });
         assert!(posted, "the reactor runs");
         receiver
