@@ -163,7 +163,7 @@ impl Place {
             drop.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]);
             // A directory for sockets and temporary files that this user owns.
             drop.args(["env", "-i", "PATH=/usr/bin:/bin:/usr/sbin:/sbin"]);
-            drop.arg(format!("XDG_RUNTIME_DIR={0}", self.dir.display()));
+            drop.arg(format!("XDG_RUNTIME_DIR={0}/run", self.dir.display()));
             drop.arg(format!("TMPDIR={0}", self.dir.display())).arg(&self.vbd);
             drop
         } else {
