@@ -32,7 +32,7 @@ pub enum CreateError {
     },
     /// The file to be replaced is in use.
     #[error("{0}; not replaced")]
-    InUse(#[from] LeaseError),
+    InUse(LeaseError),
     /// The directory is missing.
     #[error("{}: there is no directory {}; make it first", .path.display(), .directory.display())]
     NoDirectory {
@@ -68,14 +68,14 @@ pub enum CreateError {
     #[error("{}: the filesystem there cannot preallocate; leave out --preallocate", .0.display())]
     NoPreallocation(PathBuf),
     /// Anything else.
-    #[error("{}: cannot {doing}: {source}", .path.display())]
+    #[error("{}: cannot {doing}: {error}", .path.display())]
     Io {
         /// The name.
         path: PathBuf,
         /// What failed.
         doing: &'static str,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -86,7 +86,7 @@ pub enum CreateError {
 pub fn create(path: &Path, size: Size, preallocate: bool, replace: bool) -> Result<(), CreateError> {
     let draft = Draft::new(path, replace)?;
     let failed =
-        |doing| move |errno: Errno| CreateError::Io { path: path.to_owned(), doing, source: errno.into() };
+        |doing| move |errno: Errno| CreateError::Io { path: path.to_owned(), doing, error: errno.into() };
     let too_large = |limit: String| CreateError::TooLarge { path: path.to_owned(), size, limit };
 
     // Above a process's own limit the kernel sends a deadly signal rather than an error.
@@ -163,7 +163,7 @@ impl Draft {
         };
         if let Some(permissions) = before {
             let set = draft.file.set_permissions(permissions);
-            set.map_err(|source| CreateError::Io { path: path.to_owned(), doing: "set its mode", source })?;
+            set.map_err(|error| CreateError::Io { path: path.to_owned(), doing: "set its mode", error })?;
         }
         Ok(draft)
     }
@@ -178,11 +178,9 @@ impl Draft {
         let target = self.target.clone();
         let failed = |errno: Errno| match errno {
             Errno::EXIST => CreateError::Exists(target.clone()),
-            other => CreateError::Io {
-                path: target.clone(),
-                doing: "give the file its name",
-                source: other.into(),
-            },
+            other => {
+                CreateError::Io { path: target.clone(), doing: "give the file its name", error: other.into() }
+            }
         };
         match (&self.temporary, self.replace) {
             (None, false) => self.link(&target).map_err(failed)?,
@@ -235,7 +233,7 @@ fn rename_new(from: &Path, to: &Path) -> rustix::io::Result<()> {
 /// Look at what has the name now: `Ok(None)` is nothing, `Ok(Some(..))` a regular file that
 /// may be replaced.
 fn existing(path: &Path, replace: bool) -> Result<Option<fs::Permissions>, CreateError> {
-    let failed = |source| CreateError::Io { path: path.to_owned(), doing: "look at what is there", source };
+    let failed = |error| CreateError::Io { path: path.to_owned(), doing: "look at what is there", error };
     let metadata = match path.metadata() {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
@@ -261,15 +259,15 @@ fn existing(path: &Path, replace: bool) -> Result<Option<fs::Permissions>, Creat
         return Err(CreateError::Exists(path.to_owned()));
     }
     let file = File::open(path).map_err(failed)?;
-    Lease::acquire(file.as_fd(), path, Mode::Write, Options::default())?;
+    Lease::acquire(file.as_fd(), path, Mode::Write, Options::default()).map_err(CreateError::InUse)?;
     Ok(Some(metadata.permissions()))
 }
 
-fn no_file(path: &Path, directory: &Path, source: io::Error) -> CreateError {
-    if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) {
+fn no_file(path: &Path, directory: &Path, error: io::Error) -> CreateError {
+    if !directory.is_dir() {
         CreateError::NoDirectory { path: path.to_owned(), directory: directory.to_owned() }
     } else {
-        CreateError::Io { path: path.to_owned(), doing: "make a file in its directory", source }
+        CreateError::Io { path: path.to_owned(), doing: "make a file in its directory", error }
     }
 }
 

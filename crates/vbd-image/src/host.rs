@@ -143,11 +143,13 @@ impl fmt::Display for Device {
 
 /// A mount that this process sees (proc(5), mountinfo).
 #[derive(Debug, PartialEq, Eq)]
-struct Mount {
+pub(crate) struct Mount {
     /// `major:minor` of the filesystem.
     device: String,
     /// Where it is mounted.
-    point: PathBuf,
+    pub(crate) point: PathBuf,
+    /// The type of the filesystem.
+    pub(crate) kind: String,
     /// What is mounted: a device for most.
     source: PathBuf,
 }
@@ -160,15 +162,15 @@ impl Mount {
         let device = text(words.nth(2)?);
         let point = unescape(words.nth(1)?);
         let mut rest = words.skip_while(|word| *word != b"-").skip(1);
-        Some(Mount { device, point, source: unescape(rest.nth(1)?) })
+        Some(Mount { device, point, kind: text(rest.next()?), source: unescape(rest.next()?) })
     }
 }
 
 /// All mounts that this process sees.
-struct Mounts(Vec<Mount>);
+pub(crate) struct Mounts(Vec<Mount>);
 
 impl Mounts {
-    fn read() -> io::Result<Self> {
+    pub(crate) fn read() -> io::Result<Self> {
         let text = fs::read("/proc/self/mountinfo")?;
         Ok(Mounts(text.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect()))
     }
@@ -183,6 +185,12 @@ impl Mounts {
 
     fn of_source(&self, path: &Path) -> impl Iterator<Item = PathBuf> {
         self.0.iter().filter(move |mount| mount.source == path).map(|mount| mount.point.clone())
+    }
+
+    /// The mount that `path` (canonical) is on: the last of those with the longest name.
+    pub(crate) fn containing(&self, path: &Path) -> Option<&Mount> {
+        let above = self.0.iter().filter(|mount| path.starts_with(&mount.point));
+        above.max_by_key(|mount| mount.point.as_os_str().len())
     }
 }
 
@@ -210,6 +218,7 @@ mod tests {
         let mount = Mount::parse(line).unwrap();
         assert_eq!(mount.device, "7:3");
         assert_eq!(mount.point, Path::new("/mnt/a b"));
+        assert_eq!(mount.kind, "ext4");
         assert_eq!(mount.source, Path::new("/dev/loop3"));
         assert_eq!(Mount::parse(b"36 35 7:3 / /mnt rw - ext4"), None);
         assert_eq!(Mount::parse(b""), None);

@@ -3,6 +3,7 @@
 mod clock;
 pub mod create;
 pub mod host;
+pub mod info;
 pub mod lease;
 pub mod map;
 pub mod open;

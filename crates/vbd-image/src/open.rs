@@ -44,21 +44,21 @@ pub enum OpenError {
         what: &'static str,
     },
     /// Anything else.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {error}", .path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
 /// Open the file at `path` to look at it: for reading, without a lease, without reading anything.
 pub fn open(path: &Path) -> Result<Image, OpenError> {
-    let failed = |source: io::Error| match source.raw_os_error() {
+    let failed = |error: io::Error| match error.raw_os_error() {
         Some(libc::ENOENT) => OpenError::Missing(path.to_owned()),
-        Some(libc::EACCES) => OpenError::Denied(path.to_owned()),
-        _ => OpenError::Io { path: path.to_owned(), source },
+        Some(libc::EACCES | libc::EPERM) => OpenError::Denied(path.to_owned()),
+        _ => OpenError::Io { path: path.to_owned(), error },
     };
     let not_a_disk = |what| OpenError::NotADisk { path: path.to_owned(), what };
 

@@ -101,22 +101,22 @@ pub enum LeaseError {
     Host(#[from] host::InUse),
     /// The filesystem that the file is on knows no locks.
     #[error(
-        "{}: its filesystem has no locks ({source}), so nothing would keep a second writer out; keep the file \
+        "{}: its filesystem has no locks ({error}), so nothing would keep a second writer out; keep the file \
          elsewhere, or share it at your own risk (w!)", .path.display()
     )]
     NoLocks {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Anything else that failed.
-    #[error("{}: cannot take its lease: {source}", .path.display())]
+    #[error("{}: cannot take its lease: {error}", .path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -156,7 +156,7 @@ impl Lease {
         mode: Mode,
         options: Options,
     ) -> Result<Lease, LeaseError> {
-        let failed = |source| LeaseError::Io { path: path.to_owned(), source };
+        let failed = |error| LeaseError::Io { path: path.to_owned(), error };
         let file = File::from(file.try_clone_to_owned().map_err(failed)?);
         let claim = bytes::Claim::new(mode, options.override_);
         let deadline = Instant::now() + options.wait;
@@ -164,14 +164,14 @@ impl Lease {
             match take(&file, claim, options.override_) {
                 Ok(true) => break,
                 Ok(false) => {}
-                Err(source) if no_locks(&source) && options.override_ => {
-                    tracing::warn!("{}: its filesystem has no locks ({source})", path.display());
+                Err(error) if no_locks(&error) && options.override_ => {
+                    tracing::warn!("{}: its filesystem has no locks ({error})", path.display());
                     break;
                 }
-                Err(source) if no_locks(&source) => {
-                    return Err(LeaseError::NoLocks { path: path.to_owned(), source });
+                Err(error) if no_locks(&error) => {
+                    return Err(LeaseError::NoLocks { path: path.to_owned(), error });
                 }
-                Err(source) => return Err(failed(source)),
+                Err(error) => return Err(failed(error)),
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -271,7 +271,7 @@ fn name_holders(file: &File, path: &Path, against: Option<Mode>) -> io::Result<V
 /// only name. Where the filesystem has no locks nobody does.
 pub fn holders(path: &Path) -> Result<Vec<Holder>, OpenError> {
     let image = open::open(path)?;
-    let failed = |source| OpenError::Io { path: path.to_owned(), source };
+    let failed = |error| OpenError::Io { path: path.to_owned(), error };
     match bytes::used_by_others(image.file.as_fd()) {
         Ok(Some(_)) => name_holders(&image.file, path, None).map_err(failed),
         Ok(None) => Ok(Vec::new()),
