@@ -1,0 +1,281 @@
+//! A disk in memory whose behaviour tests choose, and servers on it.
+#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::cast_possible_truncation, reason = "sizes of tests are small")]
+
+pub(crate) mod frontend;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vbd_core::{
+    Capabilities, Channel, Disk, Error, ErrorKind, Event, Geometry, Operation, Request, Result, Session,
+    Statistics, Watchers,
+};
+use vbd_ring::{Completion, Local, Reactor, Settings};
+use vbd_vhost_user::{Options, Server};
+
+/// What a disk was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) operation: Operation,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) fua: bool,
+    pub(crate) may_unmap: bool,
+}
+
+pub(crate) struct Behaviour {
+    pub(crate) data: Mutex<Vec<u8>>,
+    pub(crate) asked: Mutex<Vec<Asked>>,
+    /// Requests wait, as for a policy, until this is false.
+    pub(crate) hold: AtomicBool,
+    pub(crate) fail: Mutex<Option<ErrorKind>>,
+    /// The lease is held by somebody else.
+    pub(crate) busy: AtomicBool,
+    pub(crate) sessions: AtomicUsize,
+    pub(crate) opened: AtomicUsize,
+    pub(crate) read_only: AtomicBool,
+    pub(crate) write_cache: AtomicBool,
+    statistics: Statistics,
+    watchers: Watchers,
+}
+
+pub(crate) struct MemDisk(pub(crate) Arc<Behaviour>);
+
+impl MemDisk {
+    pub(crate) fn new(size: usize) -> Self {
+        MemDisk(Arc::new(Behaviour {
+            data: Mutex::new(vec![0; size]),
+            asked: Mutex::default(),
+            hold: AtomicBool::new(false),
+            fail: Mutex::default(),
+            busy: AtomicBool::new(false),
+            sessions: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            read_only: AtomicBool::new(false),
+            write_cache: AtomicBool::new(true),
+            statistics: Statistics::default(),
+            watchers: Watchers::default(),
+        }))
+    }
+}
+
+impl Behaviour {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.data.lock().unwrap().len() as u64,
+            block_size: 512,
+            physical_block_size: 4096,
+            optimal_size: 65536,
+            discard_granularity: 4096,
+            max_discard: 1 << 20,
+            max_zeroes: 1 << 20,
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            read_only: self.read_only.load(Ordering::SeqCst),
+            write_cache: self.write_cache.load(Ordering::SeqCst),
+            discard: true,
+            fast_zeroes: true,
+            grow: true,
+        }
+    }
+
+    pub(crate) fn grow(&self, size: usize) {
+        self.data.lock().unwrap().resize(size, 0);
+        self.watchers.tell(Event::Resized(size as u64));
+    }
+
+    /// What was asked, without flushes.
+    pub(crate) fn transfers(&self) -> Vec<Asked> {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().copied().filter(|asked| asked.operation != Operation::Flush).collect()
+    }
+
+    fn carry_out(&self, request: &Request) -> Result<()> {
+        if let Some(kind) = *self.fail.lock().unwrap() {
+            return Err(Error::new(kind, "as the test wants it"));
+        }
+        let mut data = self.data.lock().unwrap();
+        if request.operation == Operation::Flush {
+            return Ok(());
+        }
+        let end = request.offset.checked_add(request.len).filter(|end| *end <= data.len() as u64);
+        let end = end.ok_or_else(|| Error::new(ErrorKind::OutOfRange, "beyond the end"))? as usize;
+        let mut at = request.offset as usize;
+        let range = at..end;
+        for piece in &request.memory {
+            let (memory, len) = (piece.iov_base.cast::<u8>(), piece.iov_len);
+            // SAFETY: the request's guard keeps its memory.
+            unsafe {
+                match request.operation {
+                    Operation::Read => std::ptr::copy(data[at..at + len].as_ptr(), memory, len),
+                    _ => std::ptr::copy(memory, data[at..at + len].as_mut_ptr(), len),
+                }
+            }
+            at += len;
+        }
+        if matches!(request.operation, Operation::Discard | Operation::WriteZeroes) {
+            data[range].fill(0);
+        }
+        Ok(())
+    }
+}
+
+impl Disk for MemDisk {
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn open(&self) -> Result<Arc<dyn Session>> {
+        if self.0.busy.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Busy, "held by somebody else"));
+        }
+        self.0.sessions.fetch_add(1, Ordering::SeqCst);
+        self.0.opened.fetch_add(1, Ordering::SeqCst);
+        Ok(Arc::new(MemSession(self.0.clone())))
+    }
+
+    fn inspect(&self) -> Result<(Geometry, Capabilities)> {
+        Ok((self.0.geometry(), self.0.capabilities()))
+    }
+
+    fn statistics(&self) -> &Statistics {
+        &self.0.statistics
+    }
+
+    fn watch(&self, watcher: Box<dyn Fn(Event) + Send + Sync>) -> Arc<dyn Send + Sync> {
+        self.0.watchers.add(watcher)
+    }
+}
+
+struct MemSession(Arc<Behaviour>);
+
+impl Drop for MemSession {
+    fn drop(&mut self) {
+        self.0.sessions.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Session for MemSession {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn channel(self: Arc<Self>, local: &Local) -> Result<Rc<dyn Channel>> {
+        Ok(Rc::new(MemChannel { session: self, local: local.clone(), held: RefCell::default() }))
+    }
+
+    fn grow(&self, size: u64) -> Result<()> {
+        self.0.grow(size as usize);
+        Ok(())
+    }
+}
+
+struct MemChannel {
+    session: Arc<MemSession>,
+    local: Local,
+    held: RefCell<VecDeque<Request>>,
+}
+
+impl Channel for MemChannel {
+    fn submit(self: Rc<Self>, mut request: Request) {
+        let disk = self.session.0.clone();
+        let Request { operation, offset, len, flags, .. } = request;
+        disk.asked.lock().unwrap().push(Asked {
+            operation,
+            offset,
+            len,
+            fua: flags.fua,
+            may_unmap: flags.may_unmap,
+        });
+        if disk.hold.load(Ordering::SeqCst) {
+            self.held.borrow_mut().push_back(request);
+            self.local.timer(Instant::now() + Duration::from_millis(1), self.clone(), 0);
+            return;
+        }
+        request.issued_at = Some(self.local.now());
+        let result = disk.carry_out(&request);
+        request.complete(result);
+    }
+
+    fn cancel_waiting(&self) {
+        let held = std::mem::take(&mut *self.held.borrow_mut());
+        held.into_iter().for_each(|request| request.fail(Error::new(ErrorKind::Cancelled, "given up")));
+    }
+}
+
+impl Completion for MemChannel {
+    fn complete(self: Rc<Self>, _token: u64, _result: i32) {
+        if self.session.0.hold.load(Ordering::SeqCst) {
+            if !self.held.borrow().is_empty() {
+                self.local.timer(Instant::now() + Duration::from_millis(1), self.clone(), 0);
+            }
+            return;
+        }
+        let held = std::mem::take(&mut *self.held.borrow_mut());
+        for request in held {
+            let result = self.session.0.carry_out(&request);
+            request.complete(result);
+        }
+    }
+}
+
+/// A served disk with its reactors, and a place for sockets. In this order, so that the server goes first.
+pub(crate) struct Bench {
+    pub(crate) server: Option<Server>,
+    pub(crate) disk: Arc<Behaviour>,
+    pub(crate) reactors: Vec<Reactor>,
+    pub(crate) path: PathBuf,
+    pub(crate) dir: tempfile::TempDir,
+}
+
+pub(crate) fn options() -> Options {
+    Options { drain: Duration::from_millis(200), open_within: Duration::from_secs(20), ..Options::default() }
+}
+
+impl Bench {
+    pub(crate) fn new() -> Self {
+        Bench::with(1 << 20, options())
+    }
+
+    pub(crate) fn with(size: usize, options: Options) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let reactors = (0..2).map(|_| Reactor::spawn("test", Settings::default()).unwrap()).collect();
+        let disk = MemDisk::new(size);
+        let mut bench =
+            Bench { server: None, disk: disk.0.clone(), reactors, path: dir.path().join("socket"), dir };
+        bench.server = Some(bench.serve("socket", disk, options));
+        bench
+    }
+
+    /// Serves a disk at another socket, on the same reactors.
+    pub(crate) fn serve(&self, name: &str, disk: MemDisk, options: Options) -> Server {
+        let handles = self.reactors.iter().map(Reactor::handle).collect();
+        Server::bind(self.dir.path().join(name), Arc::new(disk), handles, options).unwrap()
+    }
+
+    pub(crate) fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+}
+
+/// Waits for something that another thread does; a test hangs on a bug no longer than this.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
