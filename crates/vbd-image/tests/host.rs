@@ -10,8 +10,13 @@ use vbd_image::host;
 use vbd_image::lease::{Lease, LeaseError, Mode, Options};
 use vbd_image::open::open;
 
+/// Programs of the system's administrator are not on every user's path.
+fn path_of_programs() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
 fn run(program: &str, arguments: &[&Path]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok()?;
+    let output = Command::new(program).args(arguments).env("PATH", path_of_programs()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 

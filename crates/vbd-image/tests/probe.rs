@@ -11,11 +11,22 @@ use vbd_image::probe::{Contents, Filesystem, TableKind, contents, filesystem_byt
 
 const MIB: u64 = 1 << 20;
 
+/// Programs of the system's administrator are not on every user's path.
+fn path_of_programs() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+fn program(name: &str) -> Command {
+    let mut command = Command::new(name);
+    command.env("PATH", path_of_programs());
+    command
+}
+
 /// Make a filesystem in a new file of that size, or `None`, with a word to the reader, if there is no such program.
 fn made(path: &Path, size: u64, command: &[&str]) -> Option<File> {
     let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
     file.set_len(size).unwrap();
-    let Ok(output) = Command::new(command[0]).args(&command[1..]).arg(path).output() else {
+    let Ok(output) = program(command[0]).args(&command[1..]).arg(path).output() else {
         eprintln!("skipped: there is no {}", command[0]);
         return None;
     };
@@ -25,7 +36,7 @@ fn made(path: &Path, size: u64, command: &[&str]) -> Option<File> {
 
 /// A tag of what blkid finds.
 fn blkid(path: &Path, tag: &str) -> Option<String> {
-    let output = Command::new("blkid").args(["-p", "-o", "value", "-s", tag]).arg(path).output().unwrap();
+    let output = program("blkid").args(["-p", "-o", "value", "-s", tag]).arg(path).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap().trim().to_owned();
     (!text.is_empty()).then_some(text)
 }
@@ -73,7 +84,7 @@ fn what_e2fsck_calls_free() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");
     let file = made(&path, 64 * MIB, &["mke2fs", "-q", "-t", "ext4", "-b", "1024"]).expect("e2fsprogs");
-    let output = Command::new("dumpe2fs").arg("-h").arg(&path).output().unwrap();
+    let output = program("dumpe2fs").arg("-h").arg(&path).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("Free blocks:")).unwrap();
     let free: u64 = line.trim().parse().unwrap();

@@ -9,8 +9,15 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use vbd_image::lease::{Lease, Mode, Options};
 
+/// Programs of the system's administrator are not on every user's path.
+fn path_of_programs() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
 fn run(program: &str, arguments: &[&str], directory: &Path) -> Output {
-    Command::new(program).args(arguments).current_dir(directory).output().unwrap()
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(directory).env("PATH", path_of_programs());
+    command.output().unwrap()
 }
 
 fn info(directory: &Path, arguments: &[&str]) -> Output {
@@ -97,7 +104,10 @@ fn who_uses_it() {
     let lease = Lease::acquire(file.as_fd(), &path, Mode::Write, Options::default()).unwrap();
     let holder = format!("(process {}", std::process::id());
     let told = text(directory.path(), "vm");
-    assert!(told.contains("in use by     \"") && told.contains(&holder) && told.contains(", writing"), "{told}");
+    assert!(
+        told.contains("in use by     \"") && told.contains(&holder) && told.contains(", writing"),
+        "{told}"
+    );
     let json = json(directory.path(), "vm");
     assert_eq!(json["holders"][0]["pid"], std::process::id());
     assert_eq!(json["holders"][0]["mode"], "write");

@@ -75,7 +75,8 @@ fn as_qemu_img_maps_it() {
     qemu_img.args(["map", "-f", "raw", "--output=json", "vm"]).current_dir(directory.path());
     let output = qemu_img.output().unwrap();
     let theirs: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let ours = ours["extents"].as_array().unwrap().iter().map(|e| (&e["start"], &e["length"], e["state"] == "data"));
+    let ours =
+        ours["extents"].as_array().unwrap().iter().map(|e| (&e["start"], &e["length"], e["state"] == "data"));
     let theirs = theirs.as_array().unwrap().iter().map(|e| (&e["start"], &e["length"], e["data"] == true));
     assert_eq!(ours.collect::<Vec<_>>(), theirs.collect::<Vec<_>>());
 }

@@ -65,7 +65,8 @@ fn text(info: &Info) -> Result<String, std::fmt::Error> {
     if let Some(table) = &info.contents.table {
         line("partitions", summary(table))?;
         for partition in &table.partitions {
-            let mut text = format!("{}: {} at {}, ", partition.number, Human(partition.size), partition.start);
+            let mut text =
+                format!("{}: {} at {}, ", partition.number, Human(partition.size), partition.start);
             text += &partition.kind;
             if let Some(name) = &partition.name {
                 write!(text, " \"{name}\"")?;
@@ -81,7 +82,10 @@ fn text(info: &Info) -> Result<String, std::fmt::Error> {
     }
 
     if let Some(host) = &info.host_filesystem {
-        line("stored on", format!("{} at {}, {} free", host.kind, host.mounted_on.display(), Human(host.free)))?;
+        line(
+            "stored on",
+            format!("{} at {}, {} free", host.kind, host.mounted_on.display(), Human(host.free)),
+        )?;
     }
     line("direct I/O", direct(info.direct_io))?;
     let mut users: Vec<_> = info.holders.iter().map(ToString::to_string).collect();
