@@ -1,0 +1,521 @@
+//! The transmission phase: bytes in, requests to a disk out; requests back in, replies out. It touches no socket and
+//! no reactor.
+//!
+//! Long requests are cut into pieces of at most [`PIECE`] bytes, each with a buffer and a request of its own, so that
+//! storage and socket work at the same time and no client needs more memory than a piece to move on.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use vbd_core::{Flags, IoVec, Operation, Request, Result, SECTOR, Sink};
+
+use crate::command::{Command, Kind, Terms, Verdict};
+use crate::extents;
+use crate::memory::{Account, Buffer, PIECE};
+use crate::outbox::{About, Outbox, Payload};
+use crate::protocol::{Header, MAX_REQUEST, NbdError};
+use crate::slab::Slab;
+
+/// The most commands of one client that are taken at once.
+const MOST_COMMANDS: usize = 1024;
+/// From here on, what is left of a payload is received into its buffer instead of being copied.
+const DIRECT: usize = 8 << 10;
+/// Room for the answer to a block status, in bytes.
+const STATUS: usize = 64 << 10;
+
+/// A part of a command that is one request.
+struct Piece {
+    command: u32,
+    buffer: Option<Buffer>,
+    offset: u64,
+    len: usize,
+    /// Bytes of the first sector before `offset`.
+    skew: usize,
+    /// Which part of its command, for a read that is sent as a whole.
+    index: usize,
+    /// Held while a part of a sector is changed.
+    exclusive: Option<Box<dyn std::any::Any>>,
+}
+
+impl Piece {
+    /// The whole sectors that it touches.
+    fn sectors(&self) -> (u64, usize) {
+        (self.offset - self.skew as u64, (self.skew + self.len).next_multiple_of(SECTOR_BYTES))
+    }
+
+    fn is_whole(&self) -> bool {
+        self.skew == 0 && self.len.is_multiple_of(SECTOR_BYTES)
+    }
+}
+
+const SECTOR_BYTES: usize = 512;
+
+enum Input {
+    /// A header, of which so many bytes are there.
+    Header(usize),
+    /// A command that waits for memory.
+    Start(u32),
+    /// A payload of which a piece is being received.
+    Fill { piece: u32, have: usize },
+    /// A payload that nobody wants, and what is then answered.
+    Skip(u64, About, NbdError),
+    /// The client has said goodbye, or nonsense.
+    Ended,
+}
+
+/// Who the requests of this turn come back to, and when it is.
+pub(crate) struct Turn {
+    pub(crate) sink: Rc<dyn Sink>,
+    pub(crate) now: Instant,
+}
+
+/// One client's requests.
+pub(crate) struct Transmission {
+    terms: Terms,
+    account: Rc<Account>,
+    input: Input,
+    head: [u8; MAX_REQUEST],
+    commands: Slab<Command>,
+    pieces: Slab<Piece>,
+    /// Vectors of requests that came back, for others.
+    vectors: Vec<Vec<IoVec>>,
+    /// The last payload was long: the next may be, and is better received into its own buffer.
+    long_payloads: bool,
+    /// Requests for the disk.
+    pub(crate) ready: Vec<Request>,
+    /// Pieces that change a part of a sector: [`Transmission::edge`].
+    pub(crate) edges: Vec<u32>,
+}
+
+impl Transmission {
+    pub(crate) fn new(terms: Terms, account: Rc<Account>) -> Self {
+        Transmission {
+            terms,
+            account,
+            input: Input::Header(0),
+            head: [0; MAX_REQUEST],
+            commands: Slab::default(),
+            pieces: Slab::default(),
+            vectors: Vec::new(),
+            long_payloads: false,
+            ready: Vec::new(),
+            edges: Vec::new(),
+        }
+    }
+
+    /// Whether no command is being carried out.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.pieces.len() == 0 && self.ready.is_empty()
+    }
+
+    /// Whether nothing more is read from the client.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self.input, Input::Ended)
+    }
+
+    /// Takes nothing more; what has come of a payload is dropped.
+    pub(crate) fn end(&mut self) {
+        if let Input::Fill { piece, .. } = std::mem::replace(&mut self.input, Input::Ended) {
+            self.pieces.take(piece);
+        }
+    }
+
+    /// Whether bytes can be taken now. Where not, memory or room for commands is waited for.
+    pub(crate) fn is_open(&mut self, turn: &Turn, out: &mut Outbox) -> bool {
+        match self.input {
+            Input::Ended => false,
+            Input::Start(command) => self.start(command, turn, out) && self.has_room(out),
+            Input::Header(_) => self.has_room(out),
+            _ => true,
+        }
+    }
+
+    fn has_room(&self, out: &Outbox) -> bool {
+        !self.has_ended() && self.commands.len() + out.len() < MOST_COMMANDS
+    }
+
+    /// Where the client's next bytes are best received: into the payload they belong to. Then
+    /// [`filled`](Self::filled) is called.
+    pub(crate) fn space(&mut self) -> Option<&mut [u8]> {
+        let Input::Fill { piece, have } = self.input else { return None };
+        let piece = self.pieces.get(piece);
+        if piece.len - have < DIRECT {
+            return None;
+        }
+        let (start, end) = (piece.skew + have, piece.skew + piece.len);
+        piece.buffer.as_mut().map(|buffer| &mut buffer.bytes_mut()[start..end])
+    }
+
+    /// So many bytes were received into [`space`](Self::space).
+    pub(crate) fn filled(&mut self, bytes: usize, turn: &Turn, out: &mut Outbox) {
+        if let Input::Fill { piece, have } = self.input {
+            self.advance_fill(piece, have + bytes, turn, out);
+        }
+    }
+
+    /// How many bytes are best read at once when there is no [`space`](Self::space).
+    pub(crate) fn appetite(&self, most: usize) -> usize {
+        if self.long_payloads { most.min(4096) } else { most }
+    }
+
+    /// Takes bytes from the client: how many. Fewer than given where memory or room lacks, or at the end.
+    pub(crate) fn take(&mut self, bytes: &[u8], turn: &Turn, out: &mut Outbox) -> usize {
+        let mut rest = bytes;
+        while !rest.is_empty() && self.is_open(turn, out) {
+            match self.input {
+                Input::Header(have) => {
+                    let need = self.terms.headers.request_len();
+                    if have == 0 && rest.len() >= need {
+                        let (head, others) = rest.split_at(need);
+                        rest = others;
+                        self.header(head, turn, out);
+                        continue;
+                    }
+                    let count = rest.len().min(need - have);
+                    self.head[have..have + count].copy_from_slice(&rest[..count]);
+                    rest = &rest[count..];
+                    self.input = Input::Header(have + count);
+                    if have + count == need {
+                        let head = self.head;
+                        self.header(&head[..need], turn, out);
+                    }
+                }
+                Input::Fill { piece: index, have } => {
+                    let piece = self.pieces.get(index);
+                    let count = rest.len().min(piece.len - have);
+                    let start = piece.skew + have;
+                    if let Some(buffer) = &mut piece.buffer {
+                        buffer.bytes_mut()[start..start + count].copy_from_slice(&rest[..count]);
+                    }
+                    rest = &rest[count..];
+                    self.advance_fill(index, have + count, turn, out);
+                }
+                Input::Skip(left, about, error) => {
+                    let count = (rest.len() as u64).min(left);
+                    rest = &rest[usize::try_from(count).unwrap_or(rest.len())..];
+                    self.input = Input::Skip(left - count, about, error);
+                    if left == count {
+                        self.input = Input::Header(0);
+                        out.error(about, error);
+                    }
+                }
+                Input::Start(_) | Input::Ended => break,
+            }
+        }
+        bytes.len() - rest.len()
+    }
+
+    fn header(&mut self, head: &[u8], turn: &Turn, out: &mut Outbox) {
+        self.input = Input::Header(0);
+        let Some(header) = self.terms.headers.parse(head) else { return self.end() };
+        let about = self.about(&header);
+        match self.terms.judge(&header) {
+            Verdict::Disconnect => self.end(),
+            Verdict::Done if header.command == crate::protocol::command::READ => out.none(about),
+            Verdict::Done => out.done(about),
+            Verdict::Refuse(error) => out.error(about, error),
+            Verdict::Skip(bytes, error) => self.input = Input::Skip(bytes, about, error),
+            Verdict::Begin(command) => {
+                if command.kind == Kind::Write {
+                    self.long_payloads = command.len >= 64 << 10;
+                }
+                let command = self.commands.put(command);
+                self.start(command, turn, out);
+            }
+        }
+    }
+
+    fn about(&self, header: &Header) -> About {
+        About { headers: self.terms.headers, cookie: header.cookie, offset: header.offset }
+    }
+
+    /// Starts what can be started of a command; false while memory lacks, and then its connection reads nothing.
+    fn start(&mut self, index: u32, turn: &Turn, out: &mut Outbox) -> bool {
+        self.input = Input::Start(index);
+        let command = self.commands.get(index);
+        let started = match command.kind {
+            Kind::Read if command.whole => self.start_whole_read(index, turn),
+            Kind::Read => self.start_read(index, turn),
+            Kind::Write => return self.start_fill(index),
+            Kind::Status => self.start_status(index, turn),
+            Kind::Flush | Kind::Quiet => {
+                self.request(index, Operation::Flush, 0, 0, None, turn);
+                true
+            }
+            Kind::Discard | Kind::Zero => {
+                self.start_space(index, turn);
+                true
+            }
+        };
+        if started {
+            self.input = Input::Header(0);
+            self.finish_if_done(index, out);
+        }
+        started
+    }
+
+    fn start_read(&mut self, index: u32, turn: &Turn) -> bool {
+        while self.commands.get(index).left() > 0 {
+            let (offset, len) = self.commands.get(index).next_piece(PIECE);
+            let Some(buffer) = self.account.buffer(covered(offset, len)) else { return false };
+            self.read_piece(index, offset, len, buffer, turn);
+        }
+        true
+    }
+
+    /// A read whose reply is one message: all its memory at once, so that no two such reads wait for each other.
+    fn start_whole_read(&mut self, index: u32, turn: &Turn) -> bool {
+        let command = self.commands.get(index);
+        let mut ahead = command.ahead();
+        let lens = std::iter::from_fn(move || {
+            (ahead.left() > 0).then(|| ahead.next_piece(PIECE)).map(|(offset, len)| covered(offset, len))
+        });
+        let Some(buffers) = self.account.buffers(lens) else { return false };
+        for buffer in buffers {
+            let (offset, len) = self.commands.get(index).next_piece(PIECE);
+            self.read_piece(index, offset, len, buffer, turn);
+        }
+        true
+    }
+
+    fn read_piece(&mut self, command: u32, offset: u64, len: usize, buffer: Buffer, turn: &Turn) {
+        self.request(command, Operation::Read, offset, len, Some(buffer), turn);
+    }
+
+    /// Prepares the next piece of a write's payload.
+    fn start_fill(&mut self, index: u32) -> bool {
+        let command = self.commands.get(index);
+        let (offset, len) = command.ahead().next_piece(PIECE);
+        let Some(buffer) = self.account.buffer(covered(offset, len)) else { return false };
+        self.commands.get(index).next_piece(PIECE);
+        let piece = self.put_piece(index, offset, len, Some(buffer));
+        self.input = Input::Fill { piece, have: 0 };
+        true
+    }
+
+    fn advance_fill(&mut self, index: u32, have: usize, turn: &Turn, out: &mut Outbox) {
+        let piece = self.pieces.get(index);
+        if have < piece.len {
+            self.input = Input::Fill { piece: index, have };
+            return;
+        }
+        let command = piece.command;
+        if piece.is_whole() {
+            self.push_request(index, Operation::Write, turn);
+        } else {
+            self.edges.push(index);
+        }
+        self.input = Input::Header(0);
+        if self.commands.get(command).left() > 0 {
+            self.start(command, turn, out);
+        }
+    }
+
+    fn start_status(&mut self, index: u32, turn: &Turn) -> bool {
+        let Some(buffer) = self.account.buffer(STATUS) else { return false };
+        let command = self.commands.get(index);
+        let (offset, len) = (command.offset, command.len);
+        command.taken = len;
+        let piece = self.put_piece(index, offset, 0, Some(buffer));
+        let (start, end) = (offset / SECTOR * SECTOR, (offset + len).next_multiple_of(SECTOR));
+        self.push(piece, Operation::Extents, start, end - start, turn);
+        true
+    }
+
+    /// The next step of a trim or of zeroes: one request at a time, none longer than the disk takes.
+    fn start_space(&mut self, index: u32, turn: &Turn) {
+        let most = self.terms.most_space(self.commands.get(index).kind);
+        let command = self.commands.get(index);
+        let (offset, left) = (command.offset + command.taken, command.left());
+        let into = offset % SECTOR;
+        if into > 0 || left < SECTOR {
+            // A part of a sector is made zeroes by writing them. A trim knows no such parts.
+            let len = left.min(SECTOR - into);
+            command.taken += len;
+            let len = usize::try_from(len).expect("within a sector");
+            let mut buffer = self.account.small(SECTOR_BYTES);
+            buffer.bytes_mut().fill(0);
+            let piece = self.put_piece(index, offset, len, Some(buffer));
+            self.edges.push(piece);
+            return;
+        }
+        let len = (left / SECTOR * SECTOR).min(most);
+        command.taken += len;
+        let operation = match command.kind {
+            Kind::Discard => Operation::Discard,
+            _ => Operation::WriteZeroes,
+        };
+        let piece = self.put_piece(index, offset, 0, None);
+        self.push(piece, operation, offset, len, turn);
+    }
+
+    /// A flush that nobody is told of, before the connection ends.
+    pub(crate) fn flush_quietly(&mut self, turn: &Turn, out: &mut Outbox) {
+        let command = self.commands.put(Command::quiet_flush(self.terms.headers));
+        self.start(command, turn, out);
+        self.end();
+    }
+
+    fn request(
+        &mut self,
+        command: u32,
+        operation: Operation,
+        offset: u64,
+        len: usize,
+        buffer: Option<Buffer>,
+        turn: &Turn,
+    ) {
+        let piece = self.put_piece(command, offset, len, buffer);
+        self.push_request(piece, operation, turn);
+    }
+
+    fn put_piece(&mut self, command: u32, offset: u64, len: usize, buffer: Option<Buffer>) -> u32 {
+        let skew = usize::try_from(offset % SECTOR).expect("within a sector");
+        let index = self.commands.get(command).piece_out();
+        self.pieces.put(Piece { command, buffer, offset, len, skew, index, exclusive: None })
+    }
+
+    fn push_request(&mut self, piece: u32, operation: Operation, turn: &Turn) {
+        let (offset, len) = self.pieces.get(piece).sectors();
+        self.push(piece, operation, offset, len as u64, turn);
+    }
+
+    fn push(&mut self, index: u32, operation: Operation, offset: u64, len: u64, turn: &Turn) {
+        let piece = self.pieces.get(index);
+        let flags = self.commands.get(piece.command).flags;
+        let mut request = Request::new(operation, offset, len, turn.now, turn.sink.clone());
+        request.flags = Flags { fua: flags.fua && operation.is_write(), ..flags };
+        request.token = u64::from(index);
+        request.memory = self.vectors.pop().unwrap_or_default();
+        if matches!(operation, Operation::Read | Operation::Write)
+            && let Some(buffer) = &piece.buffer
+        {
+            request.memory.push(buffer.piece(0, usize::try_from(len).expect("a piece")));
+        }
+        self.ready.push(request);
+    }
+
+    /// The piece of [`edges`](Self::edges) with this number: the sectors it touches, which of their bytes it brings,
+    /// and where they are.
+    pub(crate) fn edge(&mut self, index: u32) -> Edge<'_> {
+        let account = self.account.clone();
+        let piece = self.pieces.get(index);
+        let (offset, len) = piece.sectors();
+        let bytes = piece.buffer.as_mut().map(|buffer| &mut buffer.bytes_mut()[..len]).unwrap_or_default();
+        Edge { offset, sectors: bytes, start: piece.skew, end: piece.skew + piece.len, account }
+    }
+
+    /// Writes a piece of [`edges`](Self::edges), its sectors made whole. What excludes others from them is kept.
+    pub(crate) fn write_edge(&mut self, index: u32, exclusive: Box<dyn std::any::Any>, turn: &Turn) {
+        self.pieces.get(index).exclusive = Some(exclusive);
+        self.push_request(index, Operation::Write, turn);
+    }
+
+    /// A piece of [`edges`](Self::edges) could not be made whole.
+    pub(crate) fn fail_edge(&mut self, index: u32, error: &vbd_core::Error, turn: &Turn, out: &mut Outbox) {
+        self.piece_done(index, Err(NbdError::from_kind(error.kind(), false)), turn, out);
+    }
+
+    /// A request has come back.
+    pub(crate) fn complete(
+        &mut self,
+        mut request: Request,
+        result: Result<()>,
+        turn: &Turn,
+        out: &mut Outbox,
+    ) {
+        let Ok(index) = u32::try_from(request.token) else { return };
+        request.memory.clear();
+        self.vectors.push(std::mem::take(&mut request.memory));
+        if let Err(error) = &result {
+            error.log();
+        }
+        if request.operation == Operation::Extents && result.is_ok() {
+            self.status_known(index, &request, out);
+        }
+        let result = result.map_err(|error| NbdError::from_kind(error.kind(), request.flags.fast_only));
+        self.piece_done(index, result, turn, out);
+    }
+
+    fn status_known(&mut self, index: u32, request: &Request, out: &mut Outbox) {
+        let piece = self.pieces.get(index);
+        let Some(mut buffer) = piece.buffer.take() else { return };
+        let command = self.commands.get(piece.command);
+        let asked = extents::Asked {
+            start: command.offset - request.offset,
+            len: command.len,
+            one: command.one_extent,
+            wide: command.headers == crate::protocol::Headers::Extended,
+        };
+        let (fixed, len) = extents::encode(&request.extents, asked, buffer.bytes_mut());
+        command.answered = true;
+        out.status(command.about(), fixed.bytes(), len, Payload::Data(buffer, 0, len));
+    }
+
+    fn piece_done(&mut self, index: u32, result: Result<(), NbdError>, turn: &Turn, out: &mut Outbox) {
+        let piece = self.pieces.take(index);
+        let command = self.commands.get(piece.command);
+        command.piece_back();
+        if let Err(error) = result {
+            command.error.get_or_insert(error);
+        }
+        let more = command.left() > 0;
+        match command.kind {
+            Kind::Read if command.error.is_none() => {
+                let Some(buffer) = piece.buffer else { return };
+                if command.whole {
+                    command.keep(piece.index, buffer, piece.skew, piece.len);
+                } else {
+                    let last = command.is_done();
+                    command.answered |= last;
+                    let data = Payload::Data(buffer, piece.skew, piece.len);
+                    out.data(command.about(), last, piece.offset, piece.len, data);
+                }
+            }
+            Kind::Discard | Kind::Zero if more && command.error.is_none() => {
+                self.start_space(piece.command, turn);
+            }
+            Kind::Discard | Kind::Zero => command.taken = command.len,
+            _ => {}
+        }
+        self.finish_if_done(piece.command, out);
+    }
+
+    fn finish_if_done(&mut self, index: u32, out: &mut Outbox) {
+        if !self.commands.get(index).is_done() {
+            return;
+        }
+        let command = self.commands.take(index);
+        let about = command.about();
+        match command.error {
+            _ if command.answered || command.kind == Kind::Quiet => {}
+            Some(error) => out.error(about, error),
+            None if command.kind != Kind::Read => out.done(about),
+            None => {
+                let len = usize::try_from(command.len).expect("a payload");
+                let mut parts = command.parts.into_iter().flatten();
+                if let Some((buffer, start, part)) = parts.next() {
+                    out.data(about, true, command.offset, len, Payload::Data(buffer, start, part));
+                }
+                parts.for_each(|(buffer, start, len)| out.raw(Payload::Data(buffer, start, len)));
+            }
+        }
+    }
+}
+
+/// A piece that changes parts of sectors.
+pub(crate) struct Edge<'a> {
+    /// Where the sectors are.
+    pub(crate) offset: u64,
+    /// The sectors, with the piece's own bytes from `start` to `end`.
+    pub(crate) sectors: &'a mut [u8],
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) account: Rc<Account>,
+}
+
+/// Bytes of the whole sectors that a range touches.
+fn covered(offset: u64, len: usize) -> usize {
+    let into = usize::try_from(offset % SECTOR).expect("within a sector");
+    (into + len).next_multiple_of(SECTOR_BYTES)
+}
