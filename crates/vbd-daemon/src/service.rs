@@ -1,6 +1,7 @@
 //! What a service manager and the kernel give a process: sockets, a place to report to, descriptors.
 
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -12,6 +13,15 @@ pub enum Listener {
     Unix(UnixListener),
     /// A TCP socket.
     Tcp(TcpListener),
+}
+
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> Self {
+        match listener {
+            Listener::Unix(listener) => listener.into(),
+            Listener::Tcp(listener) => listener.into(),
+        }
+    }
 }
 
 /// The listening sockets that a service manager passed (sd_listen_fds(3)), in order. They are NBD's. To be called once,

@@ -72,6 +72,9 @@ pub struct FrontEndInfo {
     pub export: Option<String>,
     /// How many guests or clients use it now.
     pub clients: usize,
+    /// What went wrong last, and has not gone right since: a guest that cannot have the lease, for example.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A disk and what its queues have counted since it was attached.

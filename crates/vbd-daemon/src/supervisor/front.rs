@@ -1,27 +1,260 @@
 //! The front-ends, as the supervisor uses them.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::Fault;
-use crate::config::NbdConfig;
+use vbd_core::Disk;
+
+use crate::config::{DiskConfig, Limits, NbdAddress, NbdConfig};
+use crate::control::FrontEndInfo;
 use crate::service::Listener;
+use crate::{Fault, FaultKind};
 
 use super::reactors::Reactors;
 
+/// How long the sockets of a process that was killed may stay alive: the kernel takes its rings down after its end.
+const LETTING_GO: Duration = Duration::from_secs(5);
+/// How often it is tried again.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
+/// Binds a socket, once more where the one that is there answers for a process that has ended already.
+fn bind_patiently<T, E>(
+    socket: &Path,
+    is_alive: impl Fn(&E) -> bool,
+    bind: impl Fn() -> Result<T, E>,
+) -> Result<T, E> {
+    let deadline = Instant::now() + LETTING_GO;
+    loop {
+        match bind() {
+            Err(error) if is_alive(&error) && is_of_a_dead_process(socket) && Instant::now() < deadline => {
+                std::thread::sleep(TRY_AGAIN);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Whether the process that listens on a socket has ended. One of another machine or namespace has not, as far as can
+/// be told.
+fn is_of_a_dead_process(socket: &Path) -> bool {
+    let Ok(peer) = UnixStream::connect(socket).map(|stream| rustix::net::sockopt::socket_peercred(&stream))
+    else {
+        // Dead by now, most likely.
+        return true;
+    };
+    let Ok(peer) = peer else { return false };
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid.as_raw_nonzero())) else {
+        return true;
+    };
+    // proc_pid_stat(5): the state stands behind the name, which may have parentheses in it. Z and X have ended.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// The vhost-user socket of one disk, until it is stopped.
+pub(super) struct VhostUser(Mutex<Option<vbd_vhost_user::Server>>);
+
+impl VhostUser {
+    pub(super) fn bind(
+        socket: &Path,
+        config: &DiskConfig,
+        disk: Arc<dyn Disk>,
+        reactors: &Reactors,
+        limits: Limits,
+        drain: Duration,
+    ) -> Result<Self, Fault> {
+        let options = vbd_vhost_user::Options {
+            queues: config.queues.unwrap_or(limits.max_queues).min(limits.max_queues),
+            serial: config.serial.clone(),
+            drain,
+            ..vbd_vhost_user::Options::default()
+        };
+        use vbd_vhost_user::{Error, Server};
+        let bind = || Server::bind(socket, disk.clone(), reactors.handles(), options.clone());
+        let server = bind_patiently(socket, |error| matches!(error, Error::InUse(_)), bind);
+        let server = server.map_err(|error| {
+            let kind = match error {
+                Error::InUse(_) | Error::NotASocket(_) => FaultKind::Exists,
+                Error::Option(_) => FaultKind::Invalid,
+                _ => FaultKind::Failed,
+            };
+            Fault::new(kind, format!("{}: {error}", config.name))
+        })?;
+        Ok(VhostUser(Mutex::new(Some(server))))
+    }
+
+    /// None where it was stopped.
+    pub(super) fn info(&self) -> Option<FrontEndInfo> {
+        let server = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let server = server.as_ref()?;
+        let status = server.status();
+        Some(FrontEndInfo {
+            kind: "vhost-user".to_owned(),
+            address: absolute(server.path()),
+            export: None,
+            clients: status.connected.into(),
+            problem: status.error,
+        })
+    }
+
+    pub(super) fn stop(&self, within: Duration) -> Result<(), Fault> {
+        let server = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(server) = server else { return Ok(()) };
+        let path = absolute(server.path());
+        if server.stop(within) {
+            return Ok(());
+        }
+        Err(Fault::new(
+            FaultKind::Failed,
+            format!("{path}: the storage still holds requests; they are the guest's to send again"),
+        ))
+    }
+}
+
 /// The NBD servers of the process, each of which exports every disk that has an export's name.
-pub(super) struct Exports {}
+pub(super) struct Exports {
+    /// How many servers were asked for: where some are missing that was said already.
+    wanted: usize,
+    servers: Vec<vbd_nbd::Server>,
+}
+
+/// How many clients each export has, by server and name.
+pub(super) struct Clients(Vec<(String, HashMap<String, usize>)>);
+
+impl Clients {
+    /// The ways to one export.
+    pub(super) fn of<'a>(&'a self, export: &'a str) -> impl Iterator<Item = FrontEndInfo> + 'a {
+        self.0.iter().map(move |(address, clients)| FrontEndInfo {
+            kind: "nbd".to_owned(),
+            address: address.clone(),
+            export: Some(export.to_owned()),
+            clients: clients.get(export).copied().unwrap_or(0),
+            problem: None,
+        })
+    }
+}
 
 impl Exports {
+    /// Listens everywhere; what goes wrong is added to the faults.
     pub(super) fn bind(
-        _config: Option<NbdConfig>,
-        _passed: Vec<Listener>,
-        _reactors: &Reactors,
-        _faults: &mut Vec<Fault>,
+        config: Option<NbdConfig>,
+        passed: Vec<Listener>,
+        reactors: &Reactors,
+        faults: &mut Vec<Fault>,
     ) -> Self {
-        Exports {}
+        let mut options = vbd_nbd::Options::default();
+        let mut listen = Vec::new();
+        if let Some(config) = config {
+            options.max_clients = config.max_clients;
+            options.memory = usize::try_from(config.memory).unwrap_or(usize::MAX);
+            options.memory_per_client = options.memory_per_client.min(options.memory);
+            options.tls = config.tls.map(|tls| vbd_nbd::TlsOptions {
+                certificate: tls.certificate,
+                key: tls.key,
+                client_ca: tls.client_ca,
+                required: tls.required,
+            });
+            listen.extend(config.listen.into_iter().map(|address| match address {
+                NbdAddress::Unix(path) => vbd_nbd::Listen::Unix(path),
+                address @ NbdAddress::Tcp { .. } => vbd_nbd::Listen::Tcp(address.to_string()),
+            }));
+        }
+        listen.extend(passed.into_iter().map(|listener| vbd_nbd::Listen::Fd(listener.into())));
+        let wanted = listen.len();
+        let mut servers = Vec::new();
+        for listen in listen {
+            match Self::listen(listen, &options, reactors) {
+                Ok(server) => servers.push(server),
+                Err(error) => faults.push(fault(error)),
+            }
+        }
+        Exports { wanted, servers }
     }
 
-    pub(super) fn stop(&self, _within: Duration) -> Vec<Fault> {
-        Vec::new()
+    fn listen(
+        listen: vbd_nbd::Listen,
+        options: &vbd_nbd::Options,
+        reactors: &Reactors,
+    ) -> Result<vbd_nbd::Server, vbd_nbd::Error> {
+        let bind = |listen| vbd_nbd::Server::bind(listen, options.clone(), reactors.handles());
+        let vbd_nbd::Listen::Unix(path) = listen else { return bind(listen) };
+        let is_alive = |error: &_| matches!(error, vbd_nbd::Error::Alive { .. });
+        bind_patiently(&path, is_alive, || bind(vbd_nbd::Listen::Unix(path.clone())))
     }
+
+    /// Exports a disk on every server, or on none.
+    pub(super) fn add(&self, name: &str, disk: &Arc<dyn Disk>, read_only: bool) -> Result<(), Fault> {
+        if self.wanted == 0 {
+            let message =
+                format!("`{name}` cannot be exported: no NBD server runs here, name an address for one");
+            return Err(Fault::new(FaultKind::Invalid, message));
+        }
+        for (index, server) in self.servers.iter().enumerate() {
+            let options = vbd_nbd::ExportOptions { read_only, description: String::new() };
+            if let Err(error) = server.add_export(name, disk.clone(), options) {
+                for server in &self.servers[..index] {
+                    // It was added a moment ago.
+                    let _ = server.remove_export(name, Duration::ZERO);
+                }
+                return Err(fault(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends an export: its clients finish what they have sent.
+    pub(super) fn remove(&self, name: &str, within: Duration) -> Result<(), Fault> {
+        let deadline = Instant::now() + within;
+        let removed = self.servers.iter().map(|server| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            server.remove_export(name, left).map_err(fault)
+        });
+        let late: usize = removed.sum::<Result<_, _>>()?;
+        late_clients(name, late).map_or(Ok(()), Err)
+    }
+
+    pub(super) fn clients(&self) -> Clients {
+        let of = |server: &vbd_nbd::Server| {
+            let status = server.status();
+            let exports = status.exports.into_iter().map(|export| (export.name, export.clients));
+            let address = match status.address.strip_prefix("unix:") {
+                Some(path) => format!("unix:{}", absolute(Path::new(path))),
+                None => status.address,
+            };
+            (address, exports.collect())
+        };
+        Clients(self.servers.iter().map(of).collect())
+    }
+
+    /// Ends all servers; gives what did not go cleanly.
+    pub(super) fn stop(&self, within: Duration) -> Vec<Fault> {
+        let deadline = Instant::now() + within;
+        let stop = |server: &vbd_nbd::Server| {
+            let late = server.stop(deadline.saturating_duration_since(Instant::now()));
+            late_clients(server.address(), late)
+        };
+        self.servers.iter().filter_map(stop).collect()
+    }
+}
+
+fn late_clients(place: &str, late: usize) -> Option<Fault> {
+    let message =
+        || format!("{place}: {late} NBD clients had requests in work when the time was up, and were cut off");
+    (late > 0).then(|| Fault::new(FaultKind::Failed, message()))
+}
+
+fn fault(error: vbd_nbd::Error) -> Fault {
+    use vbd_nbd::Error;
+    let kind = match error {
+        Error::Taken { .. } | Error::Alive { .. } | Error::NotASocket { .. } => FaultKind::Exists,
+        Error::Name { .. } => FaultKind::Invalid,
+        _ => FaultKind::Failed,
+    };
+    Fault::new(kind, error.to_string())
+}
+
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }

@@ -83,6 +83,8 @@ impl Supervisor {
             }
         }
         if faults.is_empty() {
+            let clients = supervisor.exports.clients();
+            let ready = ready.iter().map(|disk| disk.info(&clients)).collect();
             return Ok((supervisor, ready));
         }
         // What could not be stopped is of no interest beside why nothing was started.
@@ -91,11 +93,10 @@ impl Supervisor {
     }
 
     /// Gives an opened disk its front-ends and its place in the list.
-    fn serve(&self, disk: served::Opened) -> Result<DiskInfo, Fault> {
-        let served = Arc::new(disk.serve(&self.exports, &self.reactors, self.limits)?);
-        let info = served.info();
-        self.write().insert(served.name().to_owned(), served);
-        Ok(info)
+    fn serve(&self, disk: served::Opened) -> Result<Arc<Served>, Fault> {
+        let served = Arc::new(disk.serve(&self.exports, &self.reactors, self.limits, self.stop_within)?);
+        self.write().insert(served.name().to_owned(), served.clone());
+        Ok(served)
     }
 
     /// About this process.
@@ -112,7 +113,8 @@ impl Supervisor {
     /// All disks, by name.
     pub fn list(&self) -> Vec<DiskInfo> {
         let disks: Vec<_> = self.read().values().cloned().collect();
-        disks.iter().map(|disk| disk.info()).collect()
+        let clients = self.exports.clients();
+        disks.iter().map(|disk| disk.info(&clients)).collect()
     }
 
     /// A disk with its counters.
@@ -120,7 +122,7 @@ impl Supervisor {
     /// # Errors
     /// No disk has this name.
     pub fn stat(&self, name: &str) -> Result<DiskStat, Fault> {
-        Ok(self.get(name)?.stat())
+        Ok(self.get(name)?.stat(&self.exports.clients()))
     }
 
     /// Makes a disk larger and tells its guests.
@@ -141,15 +143,15 @@ impl Supervisor {
         let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_room(&config)?;
         let opened = served::open(config, Some(Instant::now() + served::LEASE_WAIT))?;
-        let info = self.serve(opened)?;
+        let served = self.serve(opened)?;
         if self.stopping.load(Ordering::SeqCst) {
             // The stop may have come by before the disk was in the list.
-            if let Some(disk) = self.write().remove(&info.name) {
+            if let Some(disk) = self.write().remove(served.name()) {
                 disk.stop(&self.exports, self.stop_within)?;
             }
             return Err(stopping());
         }
-        Ok(info)
+        Ok(served.info(&self.exports.clients()))
     }
 
     fn check_room(&self, config: &DiskConfig) -> Result<(), Fault> {
@@ -179,7 +181,7 @@ impl Supervisor {
         let disk = {
             let mut disks = self.write();
             let disk = disks.get(name).ok_or_else(|| Fault::unknown(name))?;
-            let clients = disk.clients();
+            let clients = disk.info(&self.exports.clients()).clients();
             if clients > 0 && !how.force {
                 let message = format!(
                     "`{name}` is in use by {clients} {}: disconnect first, or take it away all the same with --force",

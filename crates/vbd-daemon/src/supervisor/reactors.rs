@@ -1,7 +1,6 @@
-//! The reactor threads, few, and the disks spread over them.
+//! The reactor threads: few, for any number of disks.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vbd_ring::{Handle, Reactor, Settings};
 
@@ -12,7 +11,6 @@ const MOST: usize = 4;
 
 pub(super) struct Reactors {
     all: Vec<Reactor>,
-    next: AtomicUsize,
 }
 
 impl Reactors {
@@ -26,18 +24,15 @@ impl Reactors {
             Reactor::spawn(&format!("vbd-{index}"), settings.clone())
                 .map_err(|error| Fault::failed(format_args!("reactor {index}"), error))
         };
-        let all = (0..count).map(reactor).collect::<Result<_, _>>()?;
-        Ok(Reactors { all, next: AtomicUsize::new(0) })
+        Ok(Reactors { all: (0..count).map(reactor).collect::<Result<_, _>>()? })
     }
 
     pub(super) fn count(&self) -> usize {
         self.all.len()
     }
 
-    /// All of them, each time beginning with another, so that the first queues of disks are spread.
+    /// All of them. Front-ends spread their queues and clients over these.
     pub(super) fn handles(&self) -> Vec<Handle> {
-        let first = self.next.fetch_add(1, Ordering::Relaxed) % self.all.len();
-        let (tail, head) = self.all.split_at(first);
-        head.iter().chain(tail).map(Reactor::handle).collect()
+        self.all.iter().map(Reactor::handle).collect()
     }
 }

@@ -1,21 +1,21 @@
 //! One disk that is served: its file, its front-ends, its end.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vbd_core::file::Cache;
-use vbd_core::{Disk, SECTOR};
+use vbd_core::{Disk, SECTOR, Session};
 use vbd_image::host;
 use vbd_image::lease::{self, Mode};
-use vbd_image::open;
 use vbd_image::raw::{Raw, RawOptions};
+use vbd_image::{open, probe};
 
 use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
 use crate::control::{DiskInfo, DiskStat, FrontEndInfo, Grow, Grown, NewDisk, OperationStat, QueueStat};
 use crate::{Fault, FaultKind};
 
-use super::front::Exports;
+use super::front::{Clients, Exports, VhostUser};
 use super::reactors::Reactors;
 
 /// How long a file that somebody uses may take to become free: the kernel holds a killed process's files until its last
@@ -24,15 +24,20 @@ pub(super) const LEASE_WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked whether it is free.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// A disk that could be opened and has no front-ends yet.
+/// A disk that can be served and has no front-ends yet.
 pub(super) struct Opened {
     config: DiskConfig,
     disk: Arc<dyn Disk>,
+    session: Option<Arc<dyn Session>>,
 }
 
 pub(super) struct Served {
     config: DiskConfig,
     disk: Arc<dyn Disk>,
+    vhost_user: Option<VhostUser>,
+    /// Keeps the lease of a disk that NBD clients may ask for at any time. Where there is a vhost-user device alone, its
+    /// guest takes the lease when it starts, so that a migration's destination can wait for its source.
+    session: Mutex<Option<Arc<dyn Session>>>,
 }
 
 /// Makes the disk of a configuration's entry, and looks whether it can be served: a file that is there, that is a disk,
@@ -61,10 +66,17 @@ pub(super) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
             return Err(Fault { kind: FaultKind::Busy, ..failed(&used) });
         }
     }
+    let contents = probe::contents(&image.file, image.size);
+    if let Some(warning) = contents.ok().as_ref().and_then(probe::unclean_warning) {
+        tracing::warn!("{}: {warning}", config.name);
+    }
+    // Closed before the disk is opened for good: a block device may be wanted alone.
     drop(image);
     let disk = make(&config);
     disk.inspect().map_err(|error| named(&config, error))?;
-    Ok(Opened { config, disk })
+    let hold = config.nbd.is_some() && patience.is_some();
+    let session = hold.then(|| disk.open().map_err(|error| named(&config, error))).transpose()?;
+    Ok(Opened { config, disk, session })
 }
 
 fn make(config: &DiskConfig) -> Arc<dyn Disk> {
@@ -129,11 +141,18 @@ impl Opened {
     /// Makes the front-ends; those that could be made are gone again where one could not.
     pub(super) fn serve(
         self,
-        _exports: &Exports,
-        _reactors: &Reactors,
-        _limits: Limits,
+        exports: &Exports,
+        reactors: &Reactors,
+        limits: Limits,
+        drain: Duration,
     ) -> Result<Served, Fault> {
-        Ok(Served { config: self.config, disk: self.disk })
+        let Opened { config, disk, session } = self;
+        let bind = |socket: &PathBuf| VhostUser::bind(socket, &config, disk.clone(), reactors, limits, drain);
+        let vhost_user = config.vhost_user.as_ref().map(bind).transpose()?;
+        if let Some(export) = &config.nbd {
+            exports.add(export, &disk, !config.access.is_writable())?;
+        }
+        Ok(Served { config, disk, vhost_user, session: Mutex::new(session) })
     }
 }
 
@@ -142,15 +161,12 @@ impl Served {
         &self.config.name
     }
 
-    pub(super) fn clients(&self) -> usize {
-        self.front_ends().iter().map(|front_end| front_end.clients).sum()
+    fn front_ends(&self, clients: &Clients) -> Vec<FrontEndInfo> {
+        let vhost_user = self.vhost_user.iter().filter_map(VhostUser::info);
+        vhost_user.chain(self.config.nbd.iter().flat_map(|export| clients.of(export))).collect()
     }
 
-    fn front_ends(&self) -> Vec<FrontEndInfo> {
-        Vec::new()
-    }
-
-    pub(super) fn info(&self) -> DiskInfo {
+    pub(super) fn info(&self, clients: &Clients) -> DiskInfo {
         let config = &self.config;
         let (geometry, problem) = match self.disk.inspect() {
             Ok((geometry, _)) => (Some(geometry), None),
@@ -164,17 +180,17 @@ impl Served {
             block_size: geometry.map(|geometry| geometry.block_size),
             read_only: !config.access.is_writable(),
             cache: config.cache.to_string(),
-            front_ends: self.front_ends(),
+            front_ends: self.front_ends(clients),
             problem,
         }
     }
 
-    pub(super) fn stat(&self) -> DiskStat {
+    pub(super) fn stat(&self, clients: &Clients) -> DiskStat {
         let queues = self.disk.statistics().snapshot().into_iter().map(|queue| QueueStat {
             queue: queue.label,
             operations: queue.operations.iter().map(operation).collect(),
         });
-        DiskStat { queues: queues.collect(), disk: self.info() }
+        DiskStat { queues: queues.collect(), disk: self.info(clients) }
     }
 
     pub(super) fn grow(&self, to: Grow) -> Result<Grown, Fault> {
@@ -195,12 +211,18 @@ impl Served {
         Ok(Grown { before, size })
     }
 
-    pub(super) fn stop(&self, _exports: &Exports, _within: Duration) -> Result<(), Fault> {
-        Ok(())
+    /// Ends the front-ends and gives the disk back.
+    pub(super) fn stop(&self, exports: &Exports, within: Duration) -> Result<(), Fault> {
+        let deadline = Instant::now() + within;
+        let vhost_user = self.vhost_user.as_ref().map_or(Ok(()), |server| server.stop(within));
+        let left = deadline.saturating_duration_since(Instant::now());
+        let nbd = self.config.nbd.as_ref().map_or(Ok(()), |export| exports.remove(export, left));
+        drop(self.session.lock().unwrap_or_else(PoisonError::into_inner).take());
+        vhost_user.and(nbd)
     }
 }
 
-fn absolute(path: &Path) -> std::path::PathBuf {
+fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 

@@ -8,6 +8,7 @@ use vbd_daemon::control::{Client, DiskInfo, client::ClientError, find};
 
 /// Which processes to ask.
 #[derive(clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// A control socket, or a runtime directory with several (default: this user's runtime directory)
     #[arg(long, value_name = "PATH")]
@@ -22,7 +23,7 @@ pub(crate) struct Found {
 
 impl Args {
     /// Clients of the processes that serve now.
-    pub(crate) fn clients(&self) -> anyhow::Result<Vec<Client>> {
+    fn clients(&self) -> anyhow::Result<Vec<Client>> {
         let directory = match &self.control {
             Some(path) if !path.is_dir() => return Ok(vec![Client::new(path)]),
             Some(path) => path.clone(),
@@ -34,19 +35,32 @@ impl Args {
         Ok(sockets.into_iter().map(Client::new).collect())
     }
 
-    /// All disks of all of them. A process that ends meanwhile has none.
-    pub(crate) fn disks(&self) -> anyhow::Result<Vec<Found>> {
-        let mut found = Vec::new();
+    /// What each of them answers. One that ends meanwhile is left out, unless it was named.
+    pub(crate) fn ask<T>(
+        &self,
+        question: impl Fn(&Client) -> Result<T, ClientError>,
+    ) -> anyhow::Result<Vec<(Client, T)>> {
+        let mut answers = Vec::new();
         for client in self.clients()? {
-            match client.disks() {
-                Ok(disks) => {
-                    found.extend(disks.into_iter().map(|disk| Found { client: client.clone(), disk }));
+            match question(&client) {
+                Ok(answer) => answers.push((client, answer)),
+                Err(error) if self.control.as_ref().is_some_and(|path| !path.is_dir()) => {
+                    return Err(error.into());
                 }
-                Err(ClientError::Unreachable { .. }) if self.control.is_none() => {}
+                Err(error @ ClientError::Unreachable { .. }) => tracing::debug!("{error}"),
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(found)
+        Ok(answers)
+    }
+
+    /// All disks of all of them.
+    pub(crate) fn disks(&self) -> anyhow::Result<Vec<Found>> {
+        let answers = self.ask(Client::disks)?.into_iter();
+        let found = answers.flat_map(|(client, disks)| {
+            disks.into_iter().map(move |disk| Found { client: client.clone(), disk })
+        });
+        Ok(found.collect())
     }
 
     /// The disk of this name; `None` where there is none.

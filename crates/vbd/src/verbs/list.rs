@@ -28,12 +28,10 @@ struct Listed {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut disks = Vec::new();
-    for client in args.control.clients()? {
-        // A process that ends meanwhile has nothing to show.
-        let Ok(process) = client.process() else { continue };
-        let control = client.socket().to_owned();
-        let listed = |disk| Listed { pid: process.pid, control: control.clone(), disk };
-        disks.extend(client.disks()?.into_iter().map(listed));
+    for (client, (process, served)) in args.control.ask(|client| Ok((client.process()?, client.disks()?)))? {
+        let control = client.socket();
+        let listed = |disk| Listed { pid: process.pid, control: control.to_owned(), disk };
+        disks.extend(served.into_iter().map(listed));
     }
     if args.json {
         return print_json(&disks);
@@ -56,8 +54,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     print(&table.render(0))?;
     for Listed { disk, .. } in &disks {
-        if let Some(problem) = &disk.problem {
-            eprintln!("vbd: {problem}");
+        for problem in disk.problem.iter().chain(disk.front_ends.iter().filter_map(|f| f.problem.as_ref())) {
+            eprintln!("vbd: {}: {problem}", disk.name);
         }
     }
     Ok(())

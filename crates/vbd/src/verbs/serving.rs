@@ -13,6 +13,7 @@ use crate::{output, paste};
 
 /// The options of a process that serves.
 #[derive(clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// Threads that move the data (default: one a processor, up to 4)
     #[arg(long, value_name = "N")]
