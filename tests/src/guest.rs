@@ -3,10 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 
+use crate::control::Control;
 use crate::tools::{tool_path, tools_disk};
 use crate::{Initramfs, Kernel, Process, Scratch, command};
 
@@ -14,6 +17,9 @@ use crate::{Initramfs, Kernel, Process, Scratch, command};
 const BOOT: Duration = Duration::from_secs(120);
 /// How long a command in a guest may take unless told otherwise.
 const COMMAND: Duration = Duration::from_secs(60);
+
+/// How often QEMU is asked how far it is.
+const PACE: Duration = Duration::from_millis(50);
 
 /// A disk that a guest gets over vhost-user-blk.
 #[derive(Clone, Debug)]
@@ -57,23 +63,45 @@ impl Machine {
         self
     }
 
+    /// Starts a machine like this one that waits for a guest to come to it, over the socket `from`.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started.
+    pub fn receive(&self, scratch: &Scratch, from: &Path) -> Result<Guest> {
+        let guest = self.with_agent(scratch, &["-incoming".to_owned(), format!("unix:{}", from.display())])?;
+        let end = Instant::now() + BOOT;
+        while !from.exists() {
+            ensure!(Instant::now() < end, "QEMU does not listen: {}", guest.last_words());
+            thread::sleep(PACE);
+        }
+        Ok(guest)
+    }
+
     /// Boots a guest that takes commands; comes back when it does.
     ///
     /// # Errors
     /// When QEMU cannot be started, or the guest does not come up in time.
     pub fn boot(&self, scratch: &Scratch) -> Result<Guest> {
-        let kernel = Kernel::get()?;
-        let log = tempfile_path(scratch, "console")?;
-        let serial = ["-serial".into(), format!("file:{}", log.display()), "-serial".into(), "stdio".into()];
-        let arguments = "console=ttyS0 loglevel=4 tsc=unstable panic=-1";
-        let process = self.start(scratch, &kernel, &Initramfs::agent(&kernel)?, &serial, arguments)?;
-        let mut guest = Guest { process, log };
+        let mut guest = self.with_agent(scratch, &[])?;
         let ready = guest.process.stdout.wait_for("@@ready\n", BOOT);
         ready.with_context(|| format!("guest did not boot: {}", guest.last_words()))?;
         if self.tools {
             guest.mount_tools()?;
         }
         Ok(guest)
+    }
+
+    fn with_agent(&self, scratch: &Scratch, more: &[String]) -> Result<Guest> {
+        let kernel = Kernel::get()?;
+        let log = unused(scratch, "console")?;
+        let control = scratch.socket(log.file_name().context("a log has a name")?);
+        let mut options =
+            vec!["-serial".to_owned(), format!("file:{}", log.display()), "-serial".into(), "stdio".into()];
+        options.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", control.display())]);
+        options.extend_from_slice(more);
+        let arguments = "console=ttyS0 loglevel=4 tsc=unstable panic=-1";
+        let process = self.start(scratch, &kernel, &Initramfs::agent(&kernel)?, &options, arguments)?;
+        Ok(Guest { process, log, control })
     }
 
     /// Boots the system on the first disk; the guest's console is the process's standard input and output.
@@ -92,17 +120,17 @@ impl Machine {
         scratch: &Scratch,
         kernel: &Kernel,
         initramfs: &[u8],
-        serial: &[String],
+        options: &[String],
         arguments: &str,
     ) -> Result<Process> {
-        let initrd = tempfile_path(scratch, "initrd")?;
+        let initrd = unused(scratch, "initrd")?;
         fs::write(&initrd, initramfs)?;
         let mut qemu = command("qemu-system-x86_64");
-        qemu.args(["-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=memory,hpet=off"])
+        qemu.args(["-accel", "tcg,thread=single", "-machine", "q35,memory-backend=memory,hpet=off"])
             .args(["-cpu", "max", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory)])
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory)])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
-            .args(serial)
+            .args(options)
             .arg("-kernel")
             .arg(kernel.image()?)
             .arg("-initrd")
@@ -129,6 +157,7 @@ impl Machine {
 pub struct Guest {
     process: Process,
     log: PathBuf,
+    control: PathBuf,
 }
 
 impl Guest {
@@ -221,6 +250,26 @@ impl Guest {
         self.process.wait(COMMAND)
     }
 
+    /// Moves the guest, while it runs, to the machine that waits for it on the socket `to`; from then on that one
+    /// is the guest, and what it was doing ends there.
+    ///
+    /// # Errors
+    /// When the migration fails, or takes too long.
+    pub fn migrate(self, to: &Path) -> Result<()> {
+        let mut control = Control::connect(&self.control)?;
+        control.run("migrate", &json!({"uri": format!("unix:{}", to.display())}))?;
+        let end = Instant::now() + COMMAND;
+        loop {
+            let state = control.run("query-migrate", &json!({}))?;
+            match state["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => bail!("the migration failed: {state}\n{}", self.last_words()),
+                _ if Instant::now() > end => bail!("the migration does not end: {state}"),
+                _ => thread::sleep(PACE),
+            }
+        }
+    }
+
     /// Kills QEMU at once, as `kill -9` does.
     pub fn kill(mut self) {
         self.process.kill();
@@ -228,7 +277,7 @@ impl Guest {
 }
 
 /// A path in `scratch` that is not taken.
-fn tempfile_path(scratch: &Scratch, name: &str) -> Result<PathBuf> {
+fn unused(scratch: &Scratch, name: &str) -> Result<PathBuf> {
     let dir = scratch.path("");
     let (_, path) = tempfile::Builder::new().prefix(name).tempfile_in(Path::new(&dir))?.keep()?;
     Ok(path)

@@ -4,6 +4,7 @@
 //! Everything downloaded or made once is kept in `target/vm`; everything a test makes lives in a
 //! [`Scratch`] directory and goes with it.
 
+mod control;
 mod guest;
 mod initramfs;
 mod kernel;

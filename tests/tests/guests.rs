@@ -188,3 +188,27 @@ fn a_guest_sees_its_disk_grow() -> Result<()> {
     e2fsck(&file)?;
     Ok(())
 }
+
+#[test]
+fn a_guest_migrates_while_it_writes() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let file = scratch.sparse("disk", 64 * MIB)?;
+    let here = Attach::new(&scratch, &file).vhost_user(scratch.socket("here.sock"));
+    let there = Attach::new(&scratch, &file).vhost_user(scratch.socket("there.sock")).option("--incoming");
+    let (source, destination) = (here.start()?, there.start()?);
+    let mut guest = Machine::new([here.disk()]).with_tools().boot(&scratch)?;
+    let road = scratch.socket("road.sock");
+    let mut arrived = Machine::new([there.disk()]).with_tools().receive(&scratch, &road)?;
+
+    guest.begin(&load("verified", "/dev/vda", 24, ""))?;
+    wait_for_allocated(&file, 2 * MIB)?;
+    guest.migrate(&road)?;
+    let outcome = arrived.finish(LOAD)?;
+    assert_eq!(outcome.status, 0, "{}", outcome.output);
+    assert!(source.stop()?.success());
+    arrived.sh("dd if=/dev/vda of=/dev/null bs=1M")?;
+    assert_eq!(arrived.kernel_log(), "");
+    arrived.power_off()?;
+    assert!(destination.stop()?.success());
+    Ok(())
+}
