@@ -322,6 +322,7 @@ impl fmt::Display for Format {
 
 /// Who may write to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::enum_variant_names, reason = "everybody reads; the rest of the name is the difference")]
 pub enum Access {
     /// The guest reads (`r`, `ro`).
     ReadOnly,
