@@ -15,6 +15,9 @@ use crate::control::{ControlSocket, DiskInfo, find};
 use crate::service::{self, Listener};
 use crate::{Fault, FaultKind, Supervisor};
 
+/// How long answers on the control socket may take after all has stopped.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
+
 /// What a process serves, and how.
 pub struct Options {
     /// The disks and bounds.
@@ -168,7 +171,11 @@ impl Daemon {
             };
             tokio::pin!(serve, stop);
             tokio::select! {
-                stopped = &mut stop => stopped,
+                stopped = &mut stop => {
+                    // Whoever asked for what ended this gets an answer; one who reads it slowly is not waited for.
+                    let _ = tokio::time::timeout(ANSWERS_WITHIN, serve).await;
+                    stopped
+                }
                 served = &mut serve => {
                     // It ends when it was told to; by itself only where its socket fails, and the disks go on without.
                     if let Err(error) = served {
@@ -178,8 +185,7 @@ impl Daemon {
                 }
             }
         });
-        // A client that reads its answer slowly is not waited for.
-        self.runtime.shutdown_timeout(Duration::from_millis(200));
+        self.runtime.shutdown_background();
         result
     }
 }

@@ -136,8 +136,8 @@ impl TailorArgs {
     fn tailor(self) -> anyhow::Result<Tailor> {
         let mut tailor = match &self.tailor {
             Some(file) => {
-                let text =
-                    std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+                let text = std::fs::read_to_string(file)
+                    .with_context(|| format!("cannot read {}", file.display()))?;
                 Tailor::from_toml(&text).with_context(|| file.display().to_string())?
             }
             None => Tailor::default(),
@@ -173,6 +173,12 @@ fn root() -> User {
     User { name: "root".to_owned(), ..User::default() }
 }
 
+/// How this program is started to do an ordinary user's part of a build.
+pub(crate) fn helper() -> anyhow::Result<Vec<PathBuf>> {
+    let this = std::env::current_exe().context("cannot find this program")?;
+    Ok(vec![this, PathBuf::from("__build-stage")])
+}
+
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let FilesystemArgs { filesystem, label, uuid, reserved, inodes, mkfs_args } = args.filesystem;
     let SourceArgs { exclude, live, mirror, components, packages, variant } = args.source;
@@ -191,13 +197,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         variant,
         ..BuildSpec::new(args.from)
     };
-    let this = std::env::current_exe().context("cannot find this program")?;
     let options = BuildOptions {
         size: args.size.bytes(),
         spec,
         tailor: args.tailor.tailor()?,
         force: args.force,
-        helper: vec![this, PathBuf::from("__build-stage")],
+        helper: helper()?,
     };
     let mut bar = Bar::new(stop_on_signals());
     let built = vbd_fs::build(&args.file, &options, &mut bar);

@@ -1,0 +1,216 @@
+//! `vbd attach` through the real command.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::process::Command;
+
+use crate::harness::{MIB, Scratch, Server, run};
+
+#[test]
+fn without_a_front_end_the_options_are_named() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    scratch.vbd(["attach", "disk"]).refused(2, &["--vhost-user SOCK", "--nbd unix:SOCK", "--nbd HOST:PORT"]);
+}
+
+#[test]
+fn one_ready_line_for_each_way_to_the_disk_and_nothing_left_after_the_stop() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let both = ["attach", "disk", "--name", "vm1", "--vhost-user", "v.sock", "--nbd", "unix:n.sock"];
+    let server = scratch.serve(both, 2);
+    let dir = scratch.path("");
+    let (v, n) = (dir.join("v.sock"), dir.join("n.sock"));
+    assert!(
+        server.ready[0].starts_with("vm1: vhost-user ") && server.ready[0].ends_with("v.sock"),
+        "{:?}",
+        server.ready
+    );
+    assert!(
+        server.ready[1].starts_with("vm1: nbd unix:") && server.ready[1].ends_with("n.sock name vm1"),
+        "{:?}",
+        server.ready
+    );
+    assert!(v.exists() && n.exists());
+    assert_eq!(scratch.control_sockets().len(), 1);
+    let ended = server.stop();
+    assert_eq!(ended.stderr, "");
+    ended.ok();
+    assert!(!v.exists() && !n.exists());
+    assert!(scratch.control_sockets().is_empty());
+}
+
+#[test]
+fn verbose_says_how_to_connect() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let both = ["attach", "disk", "-v", "--vhost-user", "v.sock", "--nbd", "unix:n.sock"];
+    let mut server = scratch.serve(both, 9);
+    let all = server.ready.join("\n");
+    for word in [
+        "vhost-user-blk-pci",
+        "Cloud Hypervisor",
+        "crosvm",
+        "nbd+unix:///disk?socket=",
+        "nbdinfo",
+        "phy:/dev/nbd0",
+    ] {
+        assert!(all.contains(word), "{word}: {all}");
+    }
+    server.signal(rustix::process::Signal::INT);
+    assert!(server.wait().success(), "Ctrl-C is a clean stop");
+}
+
+#[test]
+fn what_a_client_writes_is_in_the_file() {
+    let scratch = Scratch::new();
+    let server = scratch.nbd("disk", &[]);
+    scratch.qemu_io("disk", &["write -P 0x5a 1M 64k", "flush", "read -P 0x5a 1M 64k", "read -P 0 0 1M"]).ok();
+    server.stop().ok();
+    let content = fs::read(scratch.path("disk")).unwrap();
+    assert_eq!(content.len() as u64, 16 * MIB);
+    assert!(content[1 << 20..(1 << 20) + (64 << 10)].iter().all(|byte| *byte == 0x5a));
+}
+
+#[test]
+fn the_thread_pool_serves_as_well() {
+    let scratch = Scratch::new();
+    for cache in ["none", "writeback", "writethrough"] {
+        let server =
+            scratch.nbd("disk", &["--engine", "threads", "--cache", cache, "--reactors", "1", "--spin", "0"]);
+        scratch.qemu_io("disk", &["write -P 0x77 0 128k", "flush", "read -P 0x77 0 128k"]).ok();
+        server.stop().ok();
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_not_written_to() {
+    let scratch = Scratch::new();
+    let _server = scratch.nbd("disk", &["--read-only"]);
+    let refused = scratch.qemu_io("disk", &["write -P 1 0 512"]);
+    assert!(!refused.status.success() || refused.stdout.contains("read-only"), "{refused:?}");
+    assert!(fs::read(scratch.path("disk")).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn what_is_no_disk_is_refused_with_its_name() {
+    let scratch = Scratch::new();
+    let attach = |file: &str| scratch.vbd(["attach", file, "--vhost-user", "v.sock"]);
+    attach("missing").refused(1, &["missing", "vbd create"]);
+    assert!(!scratch.path("missing").exists());
+    fs::create_dir(scratch.path("dir")).unwrap();
+    attach("dir").refused(1, &["dir", "a directory"]);
+    scratch.sparse("void", 0);
+    attach("void").refused(1, &["void", "empty"]);
+    symlink("nowhere", scratch.path("dangling")).unwrap();
+    attach("dangling").refused(1, &["dangling"]);
+    assert!(!scratch.path("v.sock").exists());
+    assert!(scratch.control_sockets().is_empty());
+}
+
+#[test]
+fn names_and_numbers_that_cannot_be_are_usage_errors() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let attach = |more: &[&str]| scratch.vbd(["attach", "disk", "--vhost-user", "v.sock"].iter().chain(more));
+    attach(&["--name", "a/b"]).refused(2, &["--name"]);
+    attach(&["--serial", "twenty-one characters!"]).refused(2, &["--serial", "20"]);
+    attach(&["--queues", "0"]).refused(2, &["--queues"]);
+    attach(&["--queues", "129"]).refused(2, &["--queues"]);
+    attach(&["--nbd", "nowhere"]).refused(2, &["--nbd", "port"]);
+    attach(&["--cache", "some"]).refused(2, &["writethrough"]);
+    attach(&["--format", "qcow2"]).refused(2, &["qemu-img convert"]);
+    attach(&["--read-only", "--force-lease"]).refused(2, &["--force-lease"]);
+}
+
+#[test]
+fn a_living_socket_is_refused_and_a_dead_one_replaced() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    for (option, address, name) in [("--vhost-user", "v.sock", "v.sock"), ("--nbd", "unix:n.sock", "n.sock")]
+    {
+        let socket = scratch.path(name);
+        let listener = UnixListener::bind(&socket).unwrap();
+        scratch.vbd(["attach", "disk", option, address]).refused(1, &[name]);
+        assert!(socket.exists(), "the other's socket stays");
+        drop(listener);
+        scratch.serve(["attach", "disk", option, address], 1).stop().ok();
+        assert!(!socket.exists());
+        fs::write(&socket, "precious").unwrap();
+        scratch.vbd(["attach", "disk", option, address]).refused(1, &[name]);
+        assert_eq!(fs::read(&socket).unwrap(), b"precious");
+    }
+}
+
+#[test]
+fn a_second_writer_is_told_who_the_first_is_and_a_kill_leaves_no_lock() {
+    let scratch = Scratch::new();
+    let first = scratch.nbd("disk", &[]);
+    let id = first.id().to_string();
+    scratch.vbd(["attach", "disk", "--vhost-user", "v.sock"]).refused(1, &["disk", &id]);
+    scratch.vbd(["attach", "disk", "--vhost-user", "v.sock", "--read-only"]).refused(1, &[&id]);
+    scratch.serve(["attach", "disk", "--vhost-user", "v.sock", "--incoming"], 1).stop().ok();
+    scratch.serve(["attach", "disk", "--vhost-user", "v.sock", "--force-lease"], 1).stop().ok();
+    first.kill();
+    scratch.nbd("disk", &[]).stop().ok();
+}
+
+#[test]
+fn a_runtime_directory_that_others_write_to_is_refused() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    fs::create_dir(scratch.runtime()).unwrap();
+    fs::set_permissions(scratch.runtime(), fs::Permissions::from_mode(0o777)).unwrap();
+    scratch.vbd(["attach", "disk", "--vhost-user", "v.sock"]).refused(1, &["run/vbd", "chmod go-w"]);
+}
+
+#[test]
+fn the_service_manager_is_told() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let manager = UnixDatagram::bind(scratch.path("notify")).unwrap();
+    manager.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let mut command = scratch.command();
+    command.args(["attach", "disk", "--vhost-user", "v.sock"]).env("NOTIFY_SOCKET", scratch.path("notify"));
+    let server = Server::start(&mut command, 1);
+    let said = || {
+        let mut buffer = [0; 1024];
+        let read = manager.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..read]).into_owned()
+    };
+    assert!(said().lines().any(|line| line == "READY=1"));
+    server.stop().ok();
+    assert!(said().lines().any(|line| line == "STOPPING=1"));
+}
+
+#[test]
+fn a_passed_socket_is_an_nbd_listener() {
+    let scratch = Scratch::new();
+    let file = scratch.sparse("disk", MIB);
+    let socket = scratch.path("disk.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    // The shell becomes vbd, so its number is the right one.
+    let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" attach \"$1\" 3<&0 </dev/null";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, env!("CARGO_BIN_EXE_vbd")]).arg(&file);
+    command.env("XDG_RUNTIME_DIR", scratch.path("run")).stdin(std::os::fd::OwnedFd::from(listener));
+    let server = Server::start(&mut command, 1);
+    assert!(server.ready[0].starts_with("disk: nbd "), "{:?}", server.ready);
+    scratch.qemu_io("disk", &["write -P 3 0 4k", "read -P 3 0 4k"]).ok();
+    server.stop().ok();
+    assert!(socket.exists(), "it belongs to the service manager");
+}
+
+#[test]
+fn qemu_img_reads_what_is_served() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("disk"), b"content ".repeat(128 * 1024)).unwrap();
+    let _server = scratch.nbd("disk", &["--read-only"]);
+    let copy = scratch.path("copy");
+    run(Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "raw", &scratch.uri("disk")])
+        .arg(&copy))
+    .ok();
+    assert!(fs::read(&copy).unwrap() == fs::read(scratch.path("disk")).unwrap());
+}

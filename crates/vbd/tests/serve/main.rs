@@ -1,0 +1,6 @@
+//! The verbs that serve disks, and those that speak to them, through the real command.
+
+mod attach;
+mod control;
+mod harness;
+mod up;
