@@ -252,9 +252,7 @@ pub(crate) fn apply(
         sys::chmod_at(dir, name, meta.mode)?;
     }
     for attribute in xattrs {
-        sys::set_xattr(dir, name, attribute).map_err(|e| {
-            io::Error::new(e.kind(), format!("extended attribute {}: {e}", attribute.0.display()))
-        })?;
+        sys::set_xattr(dir, name, attribute)?;
     }
     set_time(dir, name, meta.mtime)
 }

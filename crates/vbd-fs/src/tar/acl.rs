@@ -3,10 +3,11 @@
 const VERSION: u32 = 2;
 const NO_ID: u32 = u32::MAX;
 
-/// The value of `system.posix_acl_access` or `_default` for a text; nothing for an empty one.
+/// The value of `system.posix_acl_access` or `_default` for a text; nothing for an empty one, nor for an access ACL that
+/// says no more than the permission bits.
 ///
 /// Users and groups must be numbers, or have their number as a fourth field: names belong to the machine that packed.
-pub(super) fn binary(text: &str) -> Result<Option<Vec<u8>>, String> {
+pub(super) fn binary(text: &str, access: bool) -> Result<Option<Vec<u8>>, String> {
     let mut entries: Vec<(u16, u16, u32)> = Vec::new();
     for line in text.split([',', '\n']) {
         let line = line.split('#').next().unwrap_or("").trim();
@@ -14,7 +15,8 @@ pub(super) fn binary(text: &str) -> Result<Option<Vec<u8>>, String> {
             entries.push(entry(line)?);
         }
     }
-    if entries.is_empty() {
+    let plain = access && entries.iter().all(|&(tag, _, _)| matches!(tag, 0x01 | 0x04 | 0x20));
+    if entries.is_empty() || plain {
         return Ok(None);
     }
     entries.sort_by_key(|&(tag, _, id)| (tag, id));
@@ -75,15 +77,18 @@ mod tests {
 
     #[test]
     fn entries_are_in_the_kernels_order() {
-        let value =
-            binary("user::rw-,other::r--,group::r--,user:lp:rw-:7,mask::rw-,group:9:r-x").unwrap().unwrap();
+        let value = binary("user::rw-,other::r--,group::r--,user:lp:rw-:7,mask::rw-,group:9:r-x", true)
+            .unwrap()
+            .unwrap();
         assert_eq!(value[..4], 2u32.to_le_bytes());
         let tags: Vec<u8> = value[4..].chunks(8).map(|e| e[0]).collect();
         assert_eq!(tags, [1, 2, 4, 8, 16, 32]);
         assert_eq!(value[4 + 8..4 + 16], [2, 0, 6, 0, 7, 0, 0, 0]);
-        assert_eq!(binary("\n"), Ok(None));
+        assert_eq!(binary("\n", false), Ok(None));
+        assert_eq!(binary("user::rw-,group::r--,other::r--", true), Ok(None));
+        assert!(binary("user::rw-,group::r--,other::r--", false).unwrap().is_some());
         for bad in ["user:lp:rw-", "nobody::r--", "mask:3:r--", "user::rq-", "a", "a:b:c:d:e"] {
-            assert!(binary(bad).is_err(), "{bad}");
+            assert!(binary(bad, false).is_err(), "{bad}");
         }
     }
 }

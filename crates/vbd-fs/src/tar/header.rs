@@ -136,13 +136,23 @@ impl<'a> Members<'a> {
             u32::try_from(value)
                 .map_err(|_| bad(&name, format!("has the {what} {value}, which is too large")))
         };
+        let old = header.as_old();
         let meta = Meta {
-            mode: header.mode().map_err(wrong)? & 0o7777,
-            uid: id(records.uid.map_or_else(|| header.uid(), Ok).map_err(wrong)?, "owner")?,
-            gid: id(records.gid.map_or_else(|| header.gid(), Ok).map_err(wrong)?, "group")?,
+            mode: or_blank(&old.mode, header.mode()).map_err(wrong)? & 0o7777,
+            uid: id(
+                records.uid.map_or_else(|| or_blank(&old.uid, header.uid()), Ok).map_err(wrong)?,
+                "owner",
+            )?,
+            gid: id(
+                records.gid.map_or_else(|| or_blank(&old.gid, header.gid()), Ok).map_err(wrong)?,
+                "group",
+            )?,
             mtime: match records.mtime {
                 Some(time) => time,
-                None => Time { seconds: header.mtime().map_err(wrong)?.cast_signed(), nanoseconds: 0 },
+                None => {
+                    let seconds = or_blank(&old.mtime, header.mtime()).map_err(wrong)?;
+                    Time { seconds: seconds.cast_signed(), nanoseconds: 0 }
+                }
             },
         };
         let link = || {
@@ -252,6 +262,11 @@ fn sum_is_right(header: &Header, block: &Block) -> bool {
     let plain = |bytes: &[u8]| bytes.iter().map(|&b| u32::from(b)).sum::<u32>();
     let sum = plain(&block[..148]) + plain(&block[156..]) + 8 * 32;
     header.cksum().is_ok_and(|given| given == sum)
+}
+
+/// A number, where a field with nothing in it is one, too: some archivers leave out what is 0.
+fn or_blank<T: Default>(field: &[u8], number: io::Result<T>) -> io::Result<T> {
+    if field.iter().all(|b| matches!(b, 0 | b' ')) { Ok(T::default()) } else { number }
 }
 
 fn name_in(header: &Header) -> Vec<u8> {

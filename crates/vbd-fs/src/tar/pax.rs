@@ -90,7 +90,7 @@ impl Records {
             return Ok(());
         }
         let text = std::str::from_utf8(text).map_err(|_| "has an ACL that is no text")?;
-        if let Some(value) = acl::binary(text)? {
+        if let Some(value) = acl::binary(text, name.ends_with("access"))? {
             self.xattr(name.as_bytes(), value)?;
         }
         Ok(())

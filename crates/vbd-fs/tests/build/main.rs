@@ -1,0 +1,19 @@
+//! Builds, seen from outside: what is in an image, what is refused, and what is left behind.
+
+mod compare;
+mod image;
+mod interrupted;
+mod properties;
+mod refusals;
+mod room;
+mod sample;
+mod setting;
+mod tailoring;
+
+/// Not a test: what a build starts under fakeroot, with this program as its helper.
+#[test]
+fn stage_helper() {
+    if std::env::var_os("VBD_STAGE").is_some() {
+        vbd_fs::serve_stage().expect("a stage that was started by a build");
+    }
+}
