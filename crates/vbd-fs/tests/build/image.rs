@@ -1,6 +1,7 @@
 //! What is in an image, as e2fsprogs sees it.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -40,37 +41,50 @@ pub(crate) fn check(image: &Path) {
 
 /// One entry.
 pub(crate) fn entry(image: &Path, path: &str) -> Entry {
-    one(image, path)
+    one(image, path, &String::from_utf8_lossy(&debugfs(image, &format!("stat {path}"))))
 }
 
 /// Everything in an image but its `lost+found`.
 pub(crate) fn read(image: &Path) -> Tree {
-    let mut tree = Tree::new();
-    let mut todo = vec![(Vec::new(), 2)];
-    while let Some((path, inode)) = todo.pop() {
-        let entry = one(image, &format!("<{inode}>"));
-        if entry.kind == 'd' {
-            for (name, inode) in list(image, inode) {
+    let mut inodes = vec![(Vec::new(), 2, true)];
+    let mut seen = 0;
+    while let Some((path, inode, directory)) = inodes.get(seen).cloned() {
+        seen += 1;
+        if directory {
+            for (name, inode, directory) in list(image, inode) {
                 let path = if path.is_empty() { name } else { [&path[..], b"/", &name].concat() };
                 if path != b"lost+found" {
-                    todo.push((path, inode));
+                    inodes.push((path, inode, directory));
                 }
             }
         }
-        tree.insert(path, entry);
     }
-    tree
+    let stats = stats(image, inodes.iter().map(|&(_, inode, _)| inode));
+    let tree = inodes.into_iter().zip(stats);
+    tree.map(|((path, inode, _), stat)| (path, one(image, &format!("<{inode}>"), &stat))).collect()
 }
 
-/// Names and inodes: `/INODE/MODE/UID/GID/NAME/SIZE/` and a newline, which a name may have, too.
-fn list(image: &Path, inode: u32) -> Vec<(Vec<u8>, u32)> {
+/// What debugfs says of inodes, in one run.
+fn stats(image: &Path, inodes: impl Iterator<Item = u32>) -> Vec<String> {
+    let mut script = tempfile::NamedTempFile::new().unwrap();
+    for inode in inodes {
+        writeln!(script, "stat <{inode}>").unwrap();
+    }
+    let ran = program("debugfs").arg("-f").arg(script.path()).arg(image).output().unwrap();
+    assert!(ran.status.success());
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    said.split("debugfs: stat ").skip(1).map(str::to_owned).collect()
+}
+
+/// Names, inodes, and whether they are directories: `/INODE/MODE/UID/GID/NAME/SIZE/` and a newline, which a name may have, too.
+fn list(image: &Path, inode: u32) -> Vec<(Vec<u8>, u32, bool)> {
     let output = debugfs(image, &format!("ls -p <{inode}>"));
     let fields: Vec<&[u8]> = output.split(|&b| b == b'/').collect();
     let mut names = Vec::new();
     for record in fields[1..].chunks(7).filter(|record| record.len() >= 6) {
         let number = std::str::from_utf8(record[0]).unwrap().parse().unwrap();
         if record[4] != b"." && record[4] != b".." {
-            names.push((record[4].to_vec(), number));
+            names.push((record[4].to_vec(), number, record[1].starts_with(b"04")));
         }
     }
     names
@@ -90,11 +104,9 @@ fn id(stat: &str, label: &str) -> u32 {
     u32::try_from(shown.rem_euclid(1 << 32)).unwrap()
 }
 
-fn one(image: &Path, which: &str) -> Entry {
-    let stat = debugfs(image, &format!("stat {which}"));
-    let stat = String::from_utf8_lossy(&stat);
-    let size: u64 = word(&stat, "Size:").parse().unwrap();
-    let kind = match after(&stat, "Type:") {
+fn one(image: &Path, which: &str, stat: &str) -> Entry {
+    let size: u64 = word(stat, "Size:").parse().unwrap();
+    let kind = match after(stat, "Type:") {
         t if t.starts_with("directory") => 'd',
         t if t.starts_with("regular") => 'f',
         t if t.starts_with("symlink") => 'l',
@@ -104,22 +116,22 @@ fn one(image: &Path, which: &str) -> Entry {
         t if t.starts_with("socket") => 's',
         t => panic!("{t}"),
     };
-    let seconds = word(&stat, " mtime: 0x");
+    let seconds = word(stat, " mtime: 0x");
     let seconds = u32::from_str_radix(seconds.split(':').next().unwrap(), 16).unwrap();
     let device = match kind {
         'c' | 'b' => {
-            let (major, minor) = word(&stat, "major/minor number:").split_once(':').unwrap();
+            let (major, minor) = word(stat, "major/minor number:").split_once(':').unwrap();
             (major.parse().unwrap(), minor.parse().unwrap())
         }
         _ => (0, 0),
     };
-    let blocks = if kind == 'f' { blocks(&stat) } else { Vec::new() };
+    let blocks = if kind == 'f' { blocks(stat) } else { Vec::new() };
     let content = match kind {
         'f' if blocks.is_empty() && size > 0 => size.to_string().into_bytes(),
         // The target of a short link is in its inode.
         'l' if stat.contains("Fast link dest: ") => {
-            let target = after(&stat, "Fast link dest: \"");
-            target[..usize::try_from(size).unwrap()].as_bytes().to_vec()
+            let target = after(stat, "Fast link dest: \"");
+            target.as_bytes()[..usize::try_from(size).unwrap()].to_vec()
         }
         'f' if size == 0 => Vec::new(),
         'f' | 'l' => debugfs(image, &format!("cat {which}")),
@@ -127,14 +139,14 @@ fn one(image: &Path, which: &str) -> Entry {
     };
     Entry {
         kind,
-        mode: u32::from_str_radix(word(&stat, "Mode:"), 8).unwrap() & 0o7777,
-        uid: id(&stat, "User:"),
-        gid: id(&stat, "Group:"),
+        mode: u32::from_str_radix(word(stat, "Mode:"), 8).unwrap() & 0o7777,
+        uid: id(stat, "User:"),
+        gid: id(stat, "Group:"),
         mtime: i64::from(seconds.cast_signed()),
-        links: if kind == 'd' { 0 } else { word(&stat, "Links:").parse().unwrap() },
+        links: if kind == 'd' { 0 } else { word(stat, "Links:").parse().unwrap() },
         device,
         content,
-        xattrs: xattrs(image, which, &stat),
+        xattrs: xattrs(image, which, stat),
         blocks,
     }
 }

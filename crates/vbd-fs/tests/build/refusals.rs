@@ -209,7 +209,7 @@ fn what_may_not_be_read_is_named() {
             } else {
                 std::fs::write(&secret, b"x").unwrap()
             }
-            std::fs::set_permissions(&secret, PermissionsExt::from_mode(0)).unwrap();
+            std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o000)).unwrap();
             let mut options = options(16 * MIB, &tree);
             let error = build(&scratch.path("disk"), &options).unwrap_err().to_string();
             assert!(error.starts_with(&secret.display().to_string()), "{error}");
