@@ -28,18 +28,18 @@ struct FileTable {
     limits: LimitsTable,
     nbd: Option<NbdTable>,
     #[serde(default)]
-    disk: Vec<Spanned<DiskTable>>,
+    disk: DiskTables,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "the table [limits]")]
 struct LimitsTable {
     max_devices: Option<NonZeroUsize>,
     max_queues: Option<Spanned<u16>>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "the table [nbd]")]
 struct NbdTable {
     listen: Spanned<Addresses>,
     tls: Option<TlsTable>,
@@ -48,7 +48,7 @@ struct NbdTable {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "the table [nbd.tls]")]
 struct TlsTable {
     certificate: PathText,
     key: PathText,
@@ -57,7 +57,7 @@ struct TlsTable {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "a table [[disk]]")]
 struct DiskTable {
     path: Spanned<PathText>,
     name: Option<Spanned<String>>,
@@ -93,7 +93,7 @@ pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigError> {
     config.limits = limits(&table.limits, &source)?;
     config.nbd = table.nbd.map(|table| nbd(table, &source, &mut config)).transpose()?;
     config.disks =
-        table.disk.into_iter().map(|table| disk(table, &source, &config)).collect::<Result<_, _>>()?;
+        table.disk.0.into_iter().map(|table| disk(table, &source, &config)).collect::<Result<_, _>>()?;
     check::all(&config, &source)?;
     Ok(config)
 }
@@ -335,6 +335,32 @@ impl<'de> Deserialize<'de> for Switch {
             }
         }
         deserializer.deserialize_any(SwitchVisitor)
+    }
+}
+
+/// Every `[[disk]]`.
+#[derive(Default)]
+struct DiskTables(Vec<Spanned<DiskTable>>);
+
+impl<'de> Deserialize<'de> for DiskTables {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct DisksVisitor;
+        impl<'de> Visitor<'de> for DisksVisitor {
+            type Value = DiskTables;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table [[disk]], in two brackets, for each disk")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<DiskTables, A::Error> {
+                let mut disks = Vec::new();
+                while let Some(disk) = list.next_element()? {
+                    disks.push(disk);
+                }
+                Ok(DiskTables(disks))
+            }
+        }
+        deserializer.deserialize_seq(DisksVisitor)
     }
 }
 

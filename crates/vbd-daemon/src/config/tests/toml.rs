@@ -156,7 +156,16 @@ fn the_defaults_of_the_nbd_server() {
 #[test]
 fn mistakes_have_a_line_a_column_and_a_remedy() {
     for (text, error) in [
-        ("disk = 1", "1:8 invalid type: integer `1`, expected a sequence"),
+        (
+            "disk = 1",
+            "1:8 invalid type: integer `1`, expected a table [[disk]], in two brackets, for each disk",
+        ),
+        (
+            "[disk]\npath = '/a'",
+            "1:1 invalid type: map, expected a table [[disk]], in two brackets, for each disk",
+        ),
+        ("disk = [1]", "1:9 invalid type: integer `1`, expected a table [[disk]]"),
+        ("limits = 1", "1:10 invalid type: integer `1`, expected the table [limits]"),
         ("[[disk]\npath = '/a'", "1:8 unclosed array table, expected `]`"),
         ("[[disk]]\npth = '/a'", "2:1 unknown key `pth`"),
         ("[[disk]]\nname = 'a'", "1:1 missing key `path`"),
