@@ -68,7 +68,8 @@ impl Machine {
     /// # Errors
     /// When QEMU cannot be started.
     pub fn receive(&self, scratch: &Scratch, from: &Path) -> Result<Guest> {
-        let guest = self.with_agent(scratch, &["-incoming".to_owned(), format!("unix:{}", from.display())])?;
+        let guest =
+            self.with_agent(scratch, &["-incoming".to_owned(), format!("unix:{}", from.display())])?;
         let end = Instant::now() + BOOT;
         while !from.exists() {
             ensure!(Instant::now() < end, "QEMU does not listen: {}", guest.last_words());
@@ -99,7 +100,7 @@ impl Machine {
             vec!["-serial".to_owned(), format!("file:{}", log.display()), "-serial".into(), "stdio".into()];
         options.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", control.display())]);
         options.extend_from_slice(more);
-        let arguments = "console=ttyS0 loglevel=4 tsc=unstable panic=-1";
+        let arguments = "console=ttyS0 loglevel=4 tsc=unstable no_timer_check panic=-1";
         let process = self.start(scratch, &kernel, &Initramfs::agent(&kernel)?, &options, arguments)?;
         Ok(Guest { process, log, control })
     }
@@ -232,7 +233,15 @@ impl Guest {
         Ok(())
     }
 
-    /// What the guest's kernel has said on its console: warnings and worse.
+    /// What the guest's kernel has complained of that has to do with disks.
+    pub fn disk_errors(&self) -> Vec<String> {
+        let signs = ["I/O error", "EXT4-fs", "virtio", "vda", "JBD2", "blocked for more"];
+        let log = self.kernel_log();
+        let lines = log.lines().filter(|line| signs.iter().any(|sign| line.contains(sign)));
+        lines.map(str::to_owned).collect()
+    }
+
+    /// What the guest's kernel has said on its console: errors and worse.
     pub fn kernel_log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
