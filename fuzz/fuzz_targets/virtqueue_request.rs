@@ -1,4 +1,4 @@
-//! A virtqueue and all of guest memory.
+//! A guest's ring, with everything that it points at.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vbd_vhost_user::fuzz_virtqueue(bytes));

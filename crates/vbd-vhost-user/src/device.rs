@@ -340,8 +340,11 @@ impl Device {
             return;
         }
         if let Some(session) = self.session.take() {
+            let drain = self.shared.options().drain;
+            let stop = self.shared.stop_until().map(|until| until.saturating_duration_since(Instant::now()));
+            let within = stop.map_or(drain, |left| left.min(drain));
             if !session.capabilities().read_only
-                && let Err(reason) = flush(self.shared.reactor(0), &session, self.shared.options().drain)
+                && let Err(reason) = flush(self.shared.reactor(0), &session, within)
             {
                 tracing::error!("{}: the last flush failed: {reason}", self.shared.name());
                 self.shared.set_error(Some(format!("the last flush failed: {reason}")));

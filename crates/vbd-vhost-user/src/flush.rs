@@ -1,22 +1,33 @@
 //! A flush outside of any queue, before the disk is given back.
 
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vbd_core::{Channel, Operation, Request, Result, Session, Sink};
-use vbd_ring::Handle;
+use vbd_ring::{Completion, Handle};
 
 struct Answer {
     sender: SyncSender<std::result::Result<(), String>>,
     /// Held until the answer is there.
-    _channel: Rc<dyn Channel>,
+    channel: Rc<dyn Channel>,
 }
 
 impl Sink for Answer {
     fn complete(self: Rc<Self>, _request: Request, result: Result<()>) {
         let _ = self.sender.try_send(result.map_err(|error| error.to_string()));
+    }
+}
+
+/// The end of the time: a flush that waits for a policy is given up.
+struct Late(Weak<Answer>);
+
+impl Completion for Late {
+    fn complete(self: Rc<Self>, _token: u64, _result: i32) {
+        if let Some(answer) = self.0.upgrade() {
+            answer.channel.cancel_waiting();
+        }
     }
 }
 
@@ -33,12 +44,19 @@ pub(crate) fn flush(
     let session = session.clone();
     reactor.post(move |local| match session.channel(local) {
         Ok(channel) => {
-            let sink = Rc::new(Answer { sender, _channel: channel.clone() });
+            let sink = Rc::new(Answer { sender, channel: channel.clone() });
+            local.timer(Instant::now() + within, Rc::new(Late(Rc::downgrade(&sink))), 0);
             channel.submit(Request::new(Operation::Flush, 0, 0, local.now(), sink));
         }
         Err(error) => {
             let _ = sender.try_send(Err(error.to_string()));
         }
     });
-    receiver.recv_timeout(within).unwrap_or_else(|_| Err("no answer in time".into()))
+    // A little more, for a flush that was given up to say so.
+    let answer = receiver.recv_timeout(within + Duration::from_secs(1));
+    if answer.is_ok() {
+        // The channel is given back in the turn of the answer; after that, the lease depends on the caller alone.
+        reactor.call(|_| ());
+    }
+    answer.unwrap_or_else(|_| Err("the storage does not answer".into()))
 }

@@ -15,6 +15,7 @@ mod connection;
 mod device;
 mod dirty;
 mod flush;
+mod fuzz;
 mod inflight;
 mod log;
 mod memory;
@@ -26,4 +27,6 @@ mod ring;
 mod server;
 mod sigbus;
 
+#[doc(hidden)]
+pub use fuzz::{fuzz_inflight, fuzz_virtqueue};
 pub use server::{Error, Options, Server, Status};

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fen
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 
 pub(crate) mod code {
     pub(crate) const GET_FEATURES: u32 = 1;
@@ -60,6 +63,11 @@ impl Guest {
     pub(crate) fn new(at: u64, len: usize) -> Self {
         let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, len as u64).unwrap();
+        Guest::of(file, at, len)
+    }
+
+    /// A file that exists.
+    pub(crate) fn of(file: OwnedFd, at: u64, len: usize) -> Self {
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         // SAFETY: a new mapping.
         let base = unsafe {
@@ -151,6 +159,20 @@ impl Frontend {
         let mut payload = vec![0; len];
         (&self.socket).read_exact(&mut payload).ok()?;
         Some(payload)
+    }
+
+    /// The payload and the descriptor of the next message.
+    pub(crate) fn receive_file(&self) -> (Vec<u8>, OwnedFd) {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [0; 512];
+        let mut pieces = [std::io::IoSliceMut::new(&mut bytes)];
+        let got = recvmsg(&self.socket, &mut pieces, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap().bytes;
+        let file = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        (bytes[12..got].to_vec(), file.unwrap())
     }
 
     pub(crate) fn ask(&self, request: u32, payload: &[u8]) -> Option<Vec<u8>> {

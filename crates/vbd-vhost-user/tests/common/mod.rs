@@ -7,7 +7,7 @@ pub(crate) mod frontend;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -34,6 +34,8 @@ pub(crate) struct Behaviour {
     pub(crate) asked: Mutex<Vec<Asked>>,
     /// Requests wait, as for a policy, until this is false.
     pub(crate) hold: AtomicBool,
+    /// The same for requests at odd sectors only.
+    pub(crate) hold_odd: AtomicBool,
     pub(crate) fail: Mutex<Option<ErrorKind>>,
     /// The lease is held by somebody else.
     pub(crate) busy: AtomicBool,
@@ -53,6 +55,7 @@ impl MemDisk {
             data: Mutex::new(vec![0; size]),
             asked: Mutex::default(),
             hold: AtomicBool::new(false),
+            hold_odd: AtomicBool::new(false),
             fail: Mutex::default(),
             busy: AtomicBool::new(false),
             sessions: AtomicUsize::new(0),
@@ -200,9 +203,10 @@ impl Channel for MemChannel {
             fua: flags.fua,
             may_unmap: flags.may_unmap,
         });
-        if disk.hold.load(Ordering::SeqCst) {
+        let odd = disk.hold_odd.load(Ordering::SeqCst) && offset / 512 % 2 == 1;
+        if odd || disk.hold.load(Ordering::SeqCst) {
             self.held.borrow_mut().push_back(request);
-            self.local.timer(Instant::now() + Duration::from_millis(1), self.clone(), 0);
+            self.look_again();
             return;
         }
         request.issued_at = Some(self.local.now());
@@ -216,11 +220,17 @@ impl Channel for MemChannel {
     }
 }
 
-impl Completion for MemChannel {
-    fn complete(self: Rc<Self>, _token: u64, _result: i32) {
-        if self.session.0.hold.load(Ordering::SeqCst) {
+impl MemChannel {
+    fn look_again(self: &Rc<Self>) {
+        let timer = Rc::new(Timer(Rc::downgrade(self)));
+        self.local.timer(Instant::now() + Duration::from_millis(1), timer, 0);
+    }
+
+    fn look(self: Rc<Self>) {
+        let disk = &self.session.0;
+        if disk.hold.load(Ordering::SeqCst) || disk.hold_odd.load(Ordering::SeqCst) {
             if !self.held.borrow().is_empty() {
-                self.local.timer(Instant::now() + Duration::from_millis(1), self.clone(), 0);
+                self.look_again();
             }
             return;
         }
@@ -228,6 +238,17 @@ impl Completion for MemChannel {
         for request in held {
             let result = self.session.0.carry_out(&request);
             request.complete(result);
+        }
+    }
+}
+
+/// Looks again, as long as there is a channel.
+struct Timer(Weak<MemChannel>);
+
+impl Completion for Timer {
+    fn complete(self: Rc<Self>, _token: u64, _result: i32) {
+        if let Some(channel) = self.0.upgrade() {
+            channel.look();
         }
     }
 }

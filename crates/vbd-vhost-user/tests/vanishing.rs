@@ -1,0 +1,59 @@
+//! Memory that a front-end truncates while it is in use: it loses its connection, and a neighbour on the same reactor
+//! does not notice.
+
+mod common;
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use common::frontend::{EVENT_INDEX, Machine};
+use common::{Bench, MemDisk, eventually, options};
+
+const OUT: u32 = 1;
+
+/// Truncates guest memory to `left` bytes at a moment that `during` chooses.
+fn vanish(left: u64, during: impl Fn(&Bench, &Machine)) {
+    let bench = Bench::new();
+    let _server = bench.serve("neighbour", MemDisk::new(1 << 20), options());
+    let good = Machine::start(&bench.dir.path().join("neighbour"), EVENT_INDEX);
+    for _ in 0..3 {
+        let bad = Machine::start(&bench.path, EVENT_INDEX);
+        assert_eq!(bad.round(OUT, 0, 512), 0);
+        during(&bench, &bad);
+        rustix::fs::ftruncate(&bad.guest.file, left).unwrap();
+        bench.disk.hold.store(false, SeqCst);
+        bad.queue.kick();
+        eventually("the connection is lost", || !bad.frontend.is_alive());
+        eventually("the disk is given back", || bench.disk.sessions.load(SeqCst) == 0);
+        assert_eq!(good.round(OUT, 0, 512), 0);
+    }
+    let error = bench.server().status().error.unwrap();
+    assert!(error.contains("truncated"), "{error}");
+    // The server takes the next, who gets an honest disk.
+    let next = Machine::start(&bench.path, EVENT_INDEX);
+    assert_eq!(next.round(OUT, 0, 512), 0);
+}
+
+#[test]
+fn all_of_it() {
+    vanish(0, |_, _| {});
+}
+
+#[test]
+fn all_but_the_rings() {
+    // The request's header and status lie beyond.
+    vanish(0x10000, |_, machine| {
+        machine.queue.request(&machine.guest, 0, OUT, 0, machine.queue.data(), 512);
+    });
+}
+
+#[test]
+fn under_a_request() {
+    vanish(0, |bench, machine| {
+        bench.disk.hold.store(true, SeqCst);
+        let asked = || bench.disk.asked.lock().unwrap().len();
+        let before = asked();
+        machine.queue.request(&machine.guest, 0, 4, 0, 0, 0);
+        machine.queue.kick();
+        eventually("the flush is under way", || asked() > before);
+    });
+}
