@@ -332,7 +332,7 @@ QEMU:
     -chardev socket,id=vm1,path={socket},reconnect-ms=1000 -device vhost-user-blk-pci,chardev=vm1 \\
     -kernel {kernel} -initrd {initrd} -append 'console=ttyS0 root=/dev/vda rw' -nographic
 Cloud Hypervisor:
-  cloud-hypervisor --memory size=512M,shared=on --disk vhost_user=true,socket={socket} \\
+  cloud-hypervisor --memory size=512M,shared=on --disk vhost_user=on,socket={socket} \\
     --kernel {kernel} --initramfs {initrd} --cmdline 'console=ttyS0 root=/dev/vda rw' --serial tty --console off
 crosvm:
   crosvm run --mem 512 --vhost-user block,socket={socket} --initrd {initrd} -p 'console=ttyS0 root=/dev/vda rw' {kernel}
