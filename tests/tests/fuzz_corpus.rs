@@ -9,11 +9,13 @@ use vbd_daemon::config;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 7] = [
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
+    ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
+    ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),
     ("xl_disk", config::fuzz::xl_disk),
 ];
 
