@@ -10,7 +10,7 @@ use crate::{BuildSpec, Error, Variant};
 pub(crate) fn command(distribution: Distribution, suite: &str, spec: &BuildSpec) -> Command {
     let mut command = Command::new("mmdebstrap");
     command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped());
-    command.args(["--quiet", "--format=tar", "--variant", spec.variant.unwrap_or(Variant::Important).name()]);
+    command.args(["--format=tar", "--variant", spec.variant.unwrap_or(Variant::Important).name()]);
     let components = if spec.components.is_empty() { "main".to_owned() } else { spec.components.join(",") };
     command.args(["--components", &components]);
     if !spec.packages.is_empty() {
@@ -29,18 +29,22 @@ pub(crate) fn command(distribution: Distribution, suite: &str, spec: &BuildSpec)
     command
 }
 
-/// Adds what an ordinary user can do about it to a failure of mmdebstrap.
+/// Leaves of what mmdebstrap says when it fails what names the cause, and adds what an ordinary user can do about it.
 pub(crate) fn explain(error: Error) -> Error {
-    match error {
-        Error::Tool { program, status, mut stderr } if stderr.contains("unable to pick chroot mode") => {
-            stderr.push_str(
-                "as an ordinary user mmdebstrap needs the package uidmap and a range of your own in /etc/subuid and \
-                 /etc/subgid, or the package fakechroot",
-            );
-            Error::Tool { program, status, stderr }
-        }
-        other => other,
+    let Error::Tool { program, status, stderr } = error else { return error };
+    let cause = |line: &&str| {
+        let general = ["E: mmdebstrap failed", "E: setup failed", "E: apt-get "];
+        line.starts_with("E: ") && !general.iter().any(|start| line.starts_with(start))
+    };
+    let causes: Vec<&str> = stderr.lines().filter(cause).map(|line| &line[3..]).collect();
+    let mut said = if causes.is_empty() { stderr.clone() } else { causes.join("; ") };
+    if stderr.contains("unable to pick chroot mode") {
+        said.push_str(
+            "; as an ordinary user mmdebstrap needs the package uidmap and a range of your own in /etc/subuid and \
+             /etc/subgid, or the package fakechroot",
+        );
     }
+    Error::Tool { program, status, stderr: said }
 }
 
 /// One archive in apt's sources.
@@ -139,6 +143,19 @@ fn lines_for(archives: &[Archive], distribution: Distribution, suite: &str, comp
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_is_cut_down_to_its_cause() {
+        let stderr = "I: installing...\nReading package lists...\nE: Unable to locate package x\nE: setup failed: E: apt-get \
+                      failed\nE: mmdebstrap failed to run\n";
+        let failed = |stderr: &str| {
+            let (program, status) = ("mmdebstrap".to_owned(), "exit status: 25".to_owned());
+            explain(Error::Tool { program, status, stderr: stderr.to_owned() }).to_string()
+        };
+        assert_eq!(failed(stderr), "mmdebstrap failed (exit status: 25): Unable to locate package x");
+        assert!(failed("E: unable to pick chroot mode automatically").contains("the package uidmap"));
+        assert!(failed("Segmentation fault").ends_with(": Segmentation fault"));
+    }
 
     const DEB822: &str = "\
 # a remark

@@ -12,7 +12,7 @@ use crate::error::Context;
 use crate::partial::Partial;
 use crate::process::Running;
 use crate::stage::{self, From, Job, remote};
-use crate::{BuildOptions, Counts, Error, Filesystem, Progress, Result, Source, Step, bootstrap, sys};
+use crate::{BuildOptions, Counts, Error, Filesystem, Progress, Result, Source, Step, bootstrap, sys, tar};
 
 /// What was built.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -86,9 +86,10 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
         remote::run(&job, image.file(), archive, &options.helper, progress)
     };
     if let Some(running) = bootstrap {
-        // If it failed, what it sent was cut short, and how it failed is the error to tell.
-        let stopped = matches!(done, Err(Error::Interrupted | Error::NoRoom(_)));
-        if !stopped {
+        let cut_short =
+            |e: &Error| matches!(e, Error::Archive { reason, .. } if reason.starts_with(tar::TRUNCATED));
+        // Stopped at our end it is killed; where what it sent ends too early, how it failed is the error to tell.
+        if done.as_ref().err().is_none_or(cut_short) {
             running.wait(progress, |_| {}).map_err(bootstrap::explain)?;
         }
     }

@@ -2,12 +2,13 @@
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use crate::{Error, Progress, Result};
 
@@ -16,7 +17,7 @@ const TICK: Duration = Duration::from_millis(50);
 /// How much of what a program says is kept.
 const SAID: usize = 2048;
 
-/// A program that runs. Dropped before its end, it is killed.
+/// A program that runs. Dropped before its end, it is asked to end, and killed if it does not.
 pub(crate) struct Running {
     name: String,
     child: Child,
@@ -27,7 +28,8 @@ impl Running {
     /// Starts a program with its messages caught; `package` is what to install where it is missing.
     pub(crate) fn start(command: &mut Command, package: &str) -> Result<Running> {
         let name = command.get_program().to_string_lossy().into_owned();
-        let child = command.stderr(Stdio::piped()).spawn().map_err(|e| match e.kind() {
+        // A group of its own: a ^C is for us, who tell it and all that it runs.
+        let child = command.process_group(0).stderr(Stdio::piped()).spawn().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::Missing { program: name.clone(), package: package.to_owned() },
             _ => Error::io(format!("cannot run {name}"), e),
         })?;
@@ -85,7 +87,18 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Both fail where it has ended and was waited for, as it should.
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        // Politely, for mmdebstrap has mounts and directories to take down, and the programs that it runs to end first.
+        let pid = Pid::from_child(&self.child);
+        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+        if kill_process_group(pid, Signal::TERM).is_ok()
+            && let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty())
+        {
+            // However this ends, what follows does no harm.
+            let _ = poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], Some(&patience));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

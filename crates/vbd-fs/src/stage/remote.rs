@@ -39,6 +39,8 @@ enum Event {
 enum Failure {
     NoRoom(Shortage),
     Invalid(String),
+    Archive { archive: String, entry: String, reason: String },
+    Source(PathBuf, String),
     Interrupted,
     Other(String),
 }
@@ -48,6 +50,8 @@ impl From<Error> for Failure {
         match error {
             Error::NoRoom(shortage) => Failure::NoRoom(shortage),
             Error::Invalid(text) => Failure::Invalid(text),
+            Error::Archive { archive, entry, reason } => Failure::Archive { archive, entry, reason },
+            Error::Source { path, reason } => Failure::Source(path, reason),
             Error::Interrupted => Failure::Interrupted,
             other => Failure::Other(other.to_string()),
         }
@@ -59,6 +63,8 @@ impl From<Failure> for Error {
         match failure {
             Failure::NoRoom(shortage) => Error::NoRoom(shortage),
             Failure::Invalid(text) => Error::Invalid(text),
+            Failure::Archive { archive, entry, reason } => Error::Archive { archive, entry, reason },
+            Failure::Source(path, reason) => Error::Source { path, reason },
             Failure::Interrupted => Error::Interrupted,
             Failure::Other(text) => Error::Stage(text),
         }
@@ -79,8 +85,6 @@ pub(crate) fn run(
     command.arg("--").args(helper);
     command.env(VARIABLE, format!("{}:{}", theirs.as_raw_fd(), image.as_raw_fd()));
     command.stdin(archive.map_or(Stdio::null(), Stdio::from)).stdout(Stdio::null());
-    // A group of its own: a ^C is for us, and fakeroot's shell must live until the stage has cleaned up.
-    command.process_group(0);
     let inherited = [theirs.as_raw_fd(), image.as_raw_fd()];
     // SAFETY: between fork and exec it makes one system call for each descriptor, which are open in the child as they
     // are in the parent.

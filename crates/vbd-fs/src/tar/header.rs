@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use tar::{GnuExtSparseHeader, Header};
 
 use super::content::{Extents, Pieces, read_map};
-use super::input::{Block, Input};
+use super::input::{Block, Input, TRUNCATED};
 use super::pax::{self, Records};
 use super::{Kind, Member};
 use crate::Error;
@@ -65,14 +65,15 @@ impl<'a> Members<'a> {
             let block = self.input.block();
             let Some(block) = self.io(block, b"")? else {
                 let reason = match self.count {
-                    0 => "is empty: a tar has an end mark at least",
-                    _ => "is truncated: its end mark is missing",
+                    0 => "it is empty",
+                    _ => "its end mark is missing",
                 };
-                return Err(bad(b"", reason));
+                return Err(bad(b"", format!("{TRUNCATED}: {reason}")));
             };
             if block.iter().all(|&b| b == 0) {
                 if before.name.is_some() || before.link.is_some() || before.records.is_some() {
-                    return Err(bad(b"", "is truncated: it ends after a header that describes an entry"));
+                    let reason = "it ends after a header that describes an entry";
+                    return Err(bad(b"", format!("{TRUNCATED}: {reason}")));
                 }
                 let drained = self.input.drain();
                 self.io(drained, b"")?;
@@ -231,7 +232,7 @@ impl<'a> Members<'a> {
                 let mut more = GnuExtSparseHeader::new();
                 loop {
                     let block = self.input.block().map_err(|e| e.to_string())?;
-                    *more.as_mut_bytes() = block.ok_or("is truncated")?;
+                    *more.as_mut_bytes() = block.ok_or(TRUNCATED)?;
                     more.sparse.iter().try_for_each(&mut push)?;
                     if !more.is_extended() {
                         break;

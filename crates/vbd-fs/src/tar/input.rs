@@ -4,6 +4,8 @@ use std::io::{self, Read};
 
 /// Bytes in a tar block.
 pub(super) const BLOCK: usize = 512;
+/// How the reason starts where the stream ended too early.
+pub(crate) const TRUNCATED: &str = "is truncated";
 
 /// A stream that knows how much of the current member is left.
 pub(super) struct Input<'a> {
@@ -86,7 +88,7 @@ impl<'a> Input<'a> {
         while filled < BLOCK {
             match self.reader.read(&mut block[filled..]) {
                 Ok(0) if filled == 0 => return Ok(None),
-                Ok(0) => return self.fail("is truncated"),
+                Ok(0) => return self.fail(TRUNCATED),
                 Ok(n) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return self.fail(&format!("cannot be read: {e}")),
@@ -119,7 +121,7 @@ impl<'a> Input<'a> {
     fn some(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.reader.read(buffer) {
-                Ok(0) => return self.fail("is truncated"),
+                Ok(0) => return self.fail(TRUNCATED),
                 Ok(n) => return Ok(n),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return self.fail(&format!("cannot be read: {e}")),

@@ -21,6 +21,7 @@ use content::Extents;
 use header::Members;
 
 pub use header::clean_path;
+pub(crate) use input::TRUNCATED;
 
 /// What one header, with those that describe it, says.
 struct Member {

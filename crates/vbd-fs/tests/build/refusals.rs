@@ -136,7 +136,7 @@ fn truncated_archives_are_refused_wherever_they_end() {
         assert!(error.contains("truncated"), "{length}: {error}");
     }
     let error = from_bytes(b"").unwrap_err();
-    assert!(error.contains("a.tar is empty"), "{error}");
+    assert!(error.contains("a.tar is truncated: it is empty"), "{error}");
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(&whole).unwrap();
     let packed = encoder.finish().unwrap();
@@ -182,7 +182,7 @@ fn sources_that_are_not_there_or_make_no_sense() {
         (|o| o.spec.packages = vec!["vim".to_owned()], "are for debian:SUITE"),
         (|o| o.tailor.hostname = Some("a b".to_owned()), "is no host's name"),
         (|o| o.tailor.serial_console = Some("../x".to_owned()), "is no console's name"),
-        (|o| o.spec.from = "-".parse().unwrap(), "is empty"),
+        (|o| o.spec.from = "-".parse().unwrap(), "it is empty"),
         (|o| o.size = 10_000, "mke2fs"),
     ];
     for (change, expected) in cases {
