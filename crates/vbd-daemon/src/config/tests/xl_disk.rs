@@ -80,6 +80,7 @@ fn forms_of_one_cd_drive() {
         "format=raw, vdev=hdc, access=ro, devtype=cdrom, target=/root/image.iso",
         "raw:/root/image.iso,hdc:cdrom,ro",
         "file:/root/image.iso,hdc:cdrom,r",
+        "file: /root/image.iso,ioemu:hdc:cdrom,r",
     ] {
         assert_eq!(meaning(spec), image, "{spec}");
         assert!(!read(spec).is_empty(), "{spec}");
