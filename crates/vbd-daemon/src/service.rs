@@ -67,3 +67,27 @@ pub(crate) fn raise_open_files() {
         tracing::debug!("the limit of open files stays at {:?}: {error}", limit.current);
     }
 }
+
+/// Whether this process is there and has not ended (proc_pid_stat(5)).
+pub(crate) fn is_running(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The state stands behind the name, which may have parentheses in it. Z and X have ended.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_running;
+
+    #[test]
+    fn a_process_runs_until_it_ends() {
+        assert!(is_running(std::process::id()));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        // Not waited for: it stays as a zombie.
+        while is_running(child.id()) {
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(!is_running(u32::MAX));
+    }
+}

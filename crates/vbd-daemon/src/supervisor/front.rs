@@ -10,7 +10,7 @@ use vbd_core::Disk;
 
 use crate::config::{DiskConfig, Limits, NbdAddress, NbdConfig};
 use crate::control::FrontEndInfo;
-use crate::service::Listener;
+use crate::service::{Listener, is_running};
 use crate::{Fault, FaultKind};
 
 use super::reactors::Reactors;
@@ -46,11 +46,7 @@ fn is_of_a_dead_process(socket: &Path) -> bool {
         return true;
     };
     let Ok(peer) = peer else { return false };
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid.as_raw_nonzero())) else {
-        return true;
-    };
-    // proc_pid_stat(5): the state stands behind the name, which may have parentheses in it. Z and X have ended.
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    u32::try_from(peer.pid.as_raw_nonzero().get()).is_ok_and(|pid| !is_running(pid))
 }
 
 /// The vhost-user socket of one disk, until it is stopped.

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use vbd_core::file::Cache;
 use vbd_core::{Disk, SECTOR, Session};
 use vbd_image::host;
-use vbd_image::lease::{self, Mode};
+use vbd_image::lease::{self, Holder, Mode};
 use vbd_image::raw::{Raw, RawOptions};
 use vbd_image::{open, probe};
 
 use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
 use crate::control::{DiskInfo, DiskStat, FrontEndInfo, Grow, Grown, NewDisk, OperationStat, QueueStat};
+use crate::service::is_running;
 use crate::{Fault, FaultKind};
 
 use super::front::{Clients, Exports, VhostUser};
@@ -124,7 +125,9 @@ fn wait_until_free(config: &DiskConfig, patience: Instant) -> Result<(), Fault> 
         if holders.is_empty() {
             return Ok(());
         }
-        if Instant::now() >= patience {
+        // One that runs does not go by itself.
+        let runs = |holder: &Holder| holder.pid.is_some_and(is_running);
+        if Instant::now() >= patience || holders.iter().any(runs) {
             let holders = holders.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let message = format!(
                 "{}: {} is in use by {holders}; end that first, or say --incoming where it is about to end",

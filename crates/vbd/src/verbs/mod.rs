@@ -2,12 +2,14 @@
 
 mod attach;
 mod build;
+mod completions;
 mod control;
 mod create;
 mod detach;
 mod grow;
 mod info;
 mod list;
+mod man;
 mod map;
 mod serving;
 mod stat;
@@ -16,7 +18,7 @@ mod up;
 #[derive(clap::Subcommand)]
 pub(crate) enum Verb {
     Create(create::Args),
-    Build(build::Args),
+    Build(Box<build::Args>),
     #[command(name = "__build-stage", hide = true)]
     BuildStage,
     Info(info::Args),
@@ -27,13 +29,15 @@ pub(crate) enum Verb {
     Stat(stat::Args),
     Grow(grow::Args),
     Detach(detach::Args),
+    Completions(completions::Args),
+    Man(man::Args),
 }
 
 impl Verb {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
             Verb::Create(args) => create::run(args),
-            Verb::Build(args) => build::run(args),
+            Verb::Build(args) => build::run(*args),
             Verb::BuildStage => Ok(vbd_fs::serve_stage()?),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
@@ -43,6 +47,8 @@ impl Verb {
             Verb::Stat(args) => stat::run(args),
             Verb::Grow(args) => grow::run(args),
             Verb::Detach(args) => detach::run(args),
+            Verb::Completions(args) => completions::run(args),
+            Verb::Man(args) => man::run(args),
         }
     }
 }

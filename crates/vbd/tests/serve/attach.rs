@@ -214,3 +214,42 @@ fn qemu_img_reads_what_is_served() {
     .ok();
     assert!(fs::read(&copy).unwrap() == fs::read(scratch.path("disk")).unwrap());
 }
+
+#[test]
+fn a_filesystem_that_was_not_unmounted_is_warned_of() {
+    let scratch = Scratch::new();
+    let file = scratch.sparse("disk", 16 * MIB);
+    let tool = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        run(command.args(arguments).arg(&file).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")).ok()
+    };
+    tool("mke2fs", &["-q", "-t", "ext4"]);
+    let stop = || scratch.serve(["attach", "disk", "--vhost-user", "v.sock"], 1).stop().stderr;
+    assert_eq!(stop(), "");
+    // As after a crash: the state is not "clean".
+    tool("debugfs", &["-w", "-R", "set_super_value state 0"]);
+    let warning = stop();
+    assert!(warning.contains("disk") && warning.contains("ext4"), "{warning}");
+}
+
+#[test]
+fn several_addresses_lead_to_one_disk() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let _server = scratch.serve(["attach", "disk", "--nbd", "unix:disk.sock", "--nbd", "unix:more.sock"], 2);
+    scratch.qemu_io("disk", &["write -P 9 0 4k"]).ok();
+    let uri = format!("nbd+unix:///disk?socket={}", scratch.path("more.sock").display());
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "read -P 9 0 4k", &uri])).ok();
+}
+
+#[test]
+fn manual_pages_and_completions_have_every_verb() {
+    let scratch = Scratch::new();
+    scratch.vbd(["man", "pages"]).ok();
+    for verb in ["attach", "up", "list", "stat", "grow", "detach", "create", "build", "info", "map"] {
+        let page = fs::read_to_string(scratch.path(&format!("pages/vbd-{verb}.1"))).unwrap();
+        assert!(page.contains(verb));
+        assert!(scratch.vbd(["completions", "bash"]).ok().contains(verb));
+    }
+    assert!(!scratch.path("pages/vbd-__build-stage.1").exists());
+}
