@@ -5,6 +5,7 @@ mod paste;
 mod progress;
 mod verbs;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_env("VBD_LOG").unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     match cli.verb.run() {

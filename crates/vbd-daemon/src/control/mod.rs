@@ -7,9 +7,9 @@ pub mod client;
 pub mod find;
 pub mod server;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 pub use client::Client;
 pub use server::ControlSocket;
@@ -34,7 +34,8 @@ pub struct ProcessInfo {
 pub struct DiskInfo {
     /// Its name.
     pub name: String,
-    /// Its file or block device.
+    /// Its file or block device. What is not UTF-8 in it is replaced on the way: JSON cannot carry it.
+    #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// The format of the file.
     pub format: String,
@@ -51,6 +52,10 @@ pub struct DiskInfo {
     /// Why the file cannot be looked at, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
 }
 
 impl DiskInfo {

@@ -1,9 +1,13 @@
 //! `vbd attach` through the real command.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
 
 use crate::harness::{MIB, Scratch, Server, run};
 
@@ -58,7 +62,7 @@ fn verbose_says_how_to_connect() {
     ] {
         assert!(all.contains(word), "{word}: {all}");
     }
-    server.signal(rustix::process::Signal::INT);
+    server.signal(Signal::INT);
     assert!(server.wait().success(), "Ctrl-C is a clean stop");
 }
 
@@ -165,23 +169,100 @@ fn a_runtime_directory_that_others_write_to_is_refused() {
     scratch.vbd(["attach", "disk", "--vhost-user", "v.sock"]).refused(1, &["run/vbd", "chmod go-w"]);
 }
 
+/// A service manager that is told how its service is.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    /// One for this command, which is then started.
+    fn start(scratch: &Scratch, command: &mut Command, lines: usize) -> (Manager, Server) {
+        let socket = UnixDatagram::bind(scratch.path("notify")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let server = Server::start(command.env("NOTIFY_SOCKET", scratch.path("notify")), lines);
+        (Manager(socket), server)
+    }
+
+    /// Waits until it is told this.
+    fn wait_for(&self, state: &str) {
+        let mut buffer = [0; 1024];
+        loop {
+            let read = self.0.recv(&mut buffer).unwrap();
+            if String::from_utf8_lossy(&buffer[..read]).lines().any(|line| line == state) {
+                return;
+            }
+        }
+    }
+}
+
 #[test]
 fn the_service_manager_is_told() {
     let scratch = Scratch::new();
     scratch.sparse("disk", MIB);
-    let manager = UnixDatagram::bind(scratch.path("notify")).unwrap();
-    manager.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
     let mut command = scratch.command();
-    command.args(["attach", "disk", "--vhost-user", "v.sock"]).env("NOTIFY_SOCKET", scratch.path("notify"));
-    let server = Server::start(&mut command, 1);
-    let said = || {
-        let mut buffer = [0; 1024];
-        let read = manager.recv(&mut buffer).unwrap();
-        String::from_utf8_lossy(&buffer[..read]).into_owned()
-    };
-    assert!(said().lines().any(|line| line == "READY=1"));
+    command.args(["attach", "disk", "--vhost-user", "v.sock"]);
+    let (manager, server) = Manager::start(&scratch, &mut command, 1);
+    manager.wait_for("READY=1");
     server.stop().ok();
-    assert!(said().lines().any(|line| line == "STOPPING=1"));
+    manager.wait_for("STOPPING=1");
+}
+
+/// A client that asks for much more than a socket holds and takes none of it.
+fn greedy(scratch: &Scratch) -> UnixStream {
+    let mut stream = UnixStream::connect(scratch.path("disk.sock")).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    // Fixed newstyle without padding, then NBD_OPT_EXPORT_NAME (the protocol's doc/proto.md).
+    let mut hello = 3u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1u32.to_be_bytes());
+    hello.extend(4u32.to_be_bytes());
+    hello.extend(b"disk");
+    stream.write_all(&hello).unwrap();
+    stream.read_exact(&mut [0; 10]).unwrap();
+    for cookie in 0..64u64 {
+        let mut read = 0x2560_9513_u32.to_be_bytes().to_vec();
+        read.extend([0; 4]);
+        read.extend(cookie.to_be_bytes());
+        read.extend(0u64.to_be_bytes());
+        read.extend((1u32 << 20).to_be_bytes());
+        stream.write_all(&read).unwrap();
+    }
+    // The first answer has begun: requests were taken.
+    stream.read_exact(&mut [0; 4]).unwrap();
+    stream
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", 16 * MIB);
+    let mut command = scratch.command();
+    command.args(["attach", "disk", "--nbd", "unix:disk.sock", "--stop-within", "50000"]);
+    let (manager, server) = Manager::start(&scratch, &mut command, 1);
+    let _client = greedy(&scratch);
+    server.signal(Signal::TERM);
+    manager.wait_for("STOPPING=1");
+    let ended = server.stop();
+    ended.refused(1, &["second signal"]);
+    scratch.nbd("disk", &[]).stop().ok();
+}
+
+#[test]
+fn a_clean_stop_is_bounded() {
+    let scratch = Scratch::new();
+    let server = scratch.nbd("disk", &["--stop-within", "1"]);
+    let _client = greedy(&scratch);
+    server.stop().refused(1, &["disk", "cut off"]);
+    assert!(!scratch.path("disk.sock").exists());
+}
+
+#[test]
+fn a_certificate_that_cannot_be_read_is_named() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let tls = ["attach", "disk", "--nbd", "unix:n.sock", "--tls-cert", "none.pem", "--tls-key", "none.key"];
+    scratch.vbd(tls).refused(1, &["none."]);
+    scratch.vbd(&tls[..6]).refused(2, &["--tls-key"]);
+    let without = ["attach", "disk", "--vhost-user", "v.sock", "--tls-cert", "a", "--tls-key", "b"];
+    scratch.vbd(without).refused(2, &["--nbd"]);
 }
 
 #[test]

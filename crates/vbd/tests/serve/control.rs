@@ -262,3 +262,18 @@ fn a_control_socket_that_is_alive_is_refused() {
     refused.refused(1, &["control.sock", "--control"]);
     scratch.vbd(["list", "--control", "nowhere.sock"]).refused(1, &["nowhere.sock"]);
 }
+
+#[test]
+fn a_read_only_disk_does_not_grow_and_odd_file_names_are_listed() {
+    use std::os::unix::ffi::OsStrExt;
+    let scratch = Scratch::new();
+    let odd = std::ffi::OsStr::from_bytes(b"no\xffutf");
+    fs::File::create(scratch.path("").join(odd)).unwrap().set_len(MIB).unwrap();
+    let arguments =
+        ["attach", "--name", "odd", "--nbd", "unix:n.sock", "--read-only"].map(std::ffi::OsStr::new);
+    let _server = scratch.serve(arguments.into_iter().chain([odd]), 1);
+    let list = scratch.vbd(["list", "--json"]).json();
+    assert!(list[0]["path"].as_str().unwrap().ends_with("no\u{fffd}utf"), "{list}");
+    scratch.vbd(["grow", "odd", "--size", "2M"]).refused(1, &["odd"]);
+    assert_eq!(fs::metadata(scratch.path("").join(odd)).unwrap().len(), MIB);
+}
