@@ -6,10 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use vbd_image::create::Draft;
 
 use crate::builder::{Format, Superblock};
 use crate::error::Context;
-use crate::partial::Partial;
 use crate::process::Running;
 use crate::stage::{self, From, Job, remote};
 use crate::{BuildOptions, Counts, Error, Filesystem, Progress, Result, Source, Step, bootstrap, sys, tar};
@@ -53,16 +53,23 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
     if options.size == 0 {
         return Err(Error::Invalid("the size is 0: a filesystem needs room".to_owned()));
     }
-    let (path, replaced) = target(path, options.force)?;
-    let image = Partial::create(&path)?;
-    image.file().set_len(options.size).at(&format!("give {} bytes to", options.size), &path)?;
-    let mut skip = vec![key(image.file()).at("look at", &path)?];
+    let replaced = std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let image = Draft::new(path, options.force)?;
+    image.file().set_len(options.size).at(&format!("give {} bytes to", options.size), path)?;
+    let mut skip = vec![key(image.file()).at("look at", path)?];
     skip.extend(replaced);
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
     let scratch = match std::env::var_os("TMPDIR") {
-        Some(directory) if !directory.is_empty() => PathBuf::from(directory),
-        _ => path.parent().map(Path::to_owned).unwrap_or_default(),
+        Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
+        _ => directory.to_owned(),
     };
     let me = sys::user();
+    if me != 0 && options.helper.is_empty() {
+        return Err(Error::Invalid("an ordinary user's build needs a helper, and none is named".to_owned()));
+    }
     let spec = &options.spec;
     let (from, archive, bootstrap) = open(options, skip, progress)?;
     let job = Job {
@@ -95,15 +102,16 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
     }
     let done = done?;
     progress.step(Step::Sync, None);
-    image.file().sync_all().at("make durable", &path)?;
-    let superblock = Superblock::read(image.file()).at("read the filesystem made in", &path)?;
-    let allocated = image.file().metadata().at("look at", &path)?.blocks() * 512;
+    image.file().sync_all().at("make durable", path)?;
+    let superblock = Superblock::read(image.file()).at("read the filesystem made in", path)?;
+    let allocated = image.file().metadata().at("look at", path)?.blocks() * 512;
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
-    image.publish(&path, options.force)?;
+    image.publish()?;
+    File::open(directory).and_then(|d| d.sync_all()).at("make durable the directory of", path)?;
     Ok(Report {
-        path,
+        path: path.to_owned(),
         size: options.size,
         allocated,
         filesystem: spec.filesystem,
@@ -118,30 +126,6 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
 
 /// A file's device and inode.
 type Key = (u64, u64);
-
-/// Where the image goes, and which file it replaces.
-fn target(path: &Path, force: bool) -> Result<(PathBuf, Option<Key>)> {
-    let name =
-        path.file_name().ok_or_else(|| Error::Invalid(format!("{}: names no file", path.display())))?;
-    if std::fs::symlink_metadata(path).is_ok() {
-        if !force {
-            return Err(Error::Exists(path.to_owned()));
-        }
-        // What a link leads to is replaced, not the link.
-        let path = std::fs::canonicalize(path).at("find", path)?;
-        let file = std::fs::metadata(&path).at("look at", &path)?;
-        if !file.is_file() {
-            let text = format!("{}: is no regular file, and is not replaced by one", path.display());
-            return Err(Error::Invalid(text));
-        }
-        return Ok((path, Some((file.dev(), file.ino()))));
-    }
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    Ok((std::fs::canonicalize(parent).at("find the directory", parent)?.join(name), None))
-}
 
 fn key(file: &File) -> std::io::Result<Key> {
     file.metadata().map(|m| (m.dev(), m.ino()))

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use vbd_image::create::CreateError;
+use vbd_image::size::Human;
 
 /// The result of an operation of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -16,9 +18,10 @@ pub enum Error {
     /// The request makes no sense, whatever the state of the machine.
     #[error("{0}")]
     Invalid(String),
-    /// The image exists and replacing it was not asked for.
-    #[error("{}: exists already; it is replaced only by force", .0.display())]
-    Exists(PathBuf),
+    /// The image cannot be made or named: it exists and replacing it was not asked for, it is in use, there is no such
+    /// directory.
+    #[error(transparent)]
+    Image(#[from] CreateError),
     /// A call to the system failed.
     #[error("{what}: {source}")]
     Io {
@@ -131,18 +134,18 @@ pub struct Shortage {
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "not enough room: an image of {} has ", human(self.size))?;
+        write!(f, "not enough room: an image of {} has ", Human(self.size))?;
         let bytes = self.needed_bytes.saturating_sub(self.free_bytes);
         let inodes = self.needed_inodes.saturating_sub(self.free_inodes);
         if bytes > 0 || inodes == 0 {
             write!(
                 f,
                 "{} for files and the source needs {}",
-                human(self.free_bytes),
-                human(self.needed_bytes)
+                Human(self.free_bytes),
+                Human(self.needed_bytes)
             )?;
             if bytes > 0 {
-                write!(f, ", {} are missing", human(bytes))?;
+                write!(f, ", {} are missing", Human(bytes))?;
             }
         }
         if inodes > 0 {
@@ -157,18 +160,6 @@ impl fmt::Display for Shortage {
             write!(f, "; a size of {}M would do", enough.div_ceil(1 << 20))?;
         }
         Ok(())
-    }
-}
-
-/// A size as people read it, rounded up so that "missing" is never too little.
-fn human(bytes: u64) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} bytes"),
-        1024..1_048_576 => format!("{} KiB", bytes.div_ceil(1024)),
-        _ => {
-            let tenths = (u128::from(bytes) * 10).div_ceil(1 << 20);
-            format!("{}.{} MiB", tenths / 10, tenths % 10)
-        }
     }
 }
 

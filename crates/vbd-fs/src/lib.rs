@@ -1,8 +1,8 @@
 //! Filesystems in files: build one from a tree, an archive or a suite, and tailor it.
 //!
-//! The way of an entry: a source ([`walk`](crate::BuildSpec) of a directory, a tar stream, mmdebstrap's output) yields
-//! entries, a sink takes them. Today's sink is a staging tree that `mke2fs -d` reads; tailoring edits a [`Root`], which
-//! is that tree. Both seams are made so that a writer which needs no tree can take their other side.
+//! The way of an entry: a source (the walk through a directory, a tar, mmdebstrap's output) yields entries, a sink takes
+//! them. Today's sink is a staging tree that `mke2fs -d` reads; tailoring edits a [`Root`], which is that tree. Both
+//! seams are made so that a writer which needs no tree can take their other side.
 
 mod bootstrap;
 mod build;
@@ -11,7 +11,6 @@ mod compress;
 mod entry;
 mod error;
 mod meter;
-mod partial;
 mod pattern;
 mod process;
 mod progress;

@@ -66,6 +66,13 @@ pub(crate) fn run(
     progress: &mut dyn Progress,
 ) -> Result<Done> {
     let done = Stage::new(job, progress).and_then(|stage| stage.run(image, archive, progress));
+    let done = done.map_err(|e| match e {
+        Error::Io { what, source } if source.kind() == io::ErrorKind::StorageFull => {
+            let scratch = job.scratch.display();
+            Error::Io { what: format!("{what} (gathered in {scratch}; TMPDIR names another place)"), source }
+        }
+        other => other,
+    });
     // Whatever broke when it was stopped, that it was stopped is what counts.
     if progress.cancelled() { Err(Error::Interrupted) } else { done }
 }

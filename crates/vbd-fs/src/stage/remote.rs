@@ -148,7 +148,7 @@ fn listen(socket: &UnixStream, progress: &mut dyn Progress) -> Option<Result<Don
     }
 }
 
-/// Does the job of a parent that called [`build`](crate::build) as an ordinary user: what the program named as
+/// Does the job of a parent that called [`build`](crate::build()) as an ordinary user: what the program named as
 /// [`helper`](crate::BuildOptions::helper) must call, and nothing besides.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use vbd_fs::{Cancel, Error, Progress, Source, Step};
+use vbd_image::create::CreateError;
 
 use super::sample::noise;
 use super::setting::{MIB, Scratch, as_ordinary_user, build, build_with, is_root, names, options};
@@ -145,7 +146,7 @@ fn an_image_is_replaced_by_force_alone_and_as_a_whole() {
     std::fs::create_dir(&tree).unwrap();
     std::fs::write(&file, b"precious").unwrap();
     let mut options = options(16 * MIB, &tree);
-    assert!(matches!(build(&file, &options), Err(Error::Exists(path)) if path == file));
+    assert!(matches!(build(&file, &options), Err(Error::Image(CreateError::Exists(path))) if path == file));
     assert_eq!(std::fs::read(&file).unwrap(), b"precious");
     options.force = true;
     let mut old = std::fs::File::open(&file).unwrap();
@@ -157,7 +158,7 @@ fn an_image_is_replaced_by_force_alone_and_as_a_whole() {
     assert_eq!(text, "precious");
     assert_eq!(scratch.names(), ["disk", "link", "tree"]);
     let error = build(&scratch.path("tree"), &options).unwrap_err();
-    assert!(error.to_string().contains("is no regular file"), "{error}");
+    assert!(error.to_string().contains("is a directory, which"), "{error}");
 }
 
 /// Makes a file of the final name while the build is on its way.
@@ -177,7 +178,7 @@ fn a_file_that_appears_during_a_build_stays() {
     let (tree, file) = (scratch.path("tree"), scratch.path("disk"));
     std::fs::create_dir(&tree).unwrap();
     let result = build_with(&file, &options(16 * MIB, &tree), &mut Rival(&file));
-    assert!(matches!(result, Err(Error::Exists(_))), "{result:?}");
+    assert!(matches!(result, Err(Error::Image(CreateError::Exists(_)))), "{result:?}");
     assert_eq!(std::fs::read(&file).unwrap(), b"first");
     assert_eq!(scratch.names(), ["disk", "tree"]);
 }

@@ -193,7 +193,7 @@ fn sources_that_are_not_there_or_make_no_sense() {
     }
     assert_eq!(scratch.names(), ["tree"]);
     let nowhere = build(&scratch.path("no/such/disk"), &options(16 * MIB, &tree)).unwrap_err();
-    assert!(nowhere.to_string().contains("cannot find the directory"), "{nowhere}");
+    assert!(nowhere.to_string().contains("no/such"), "{nowhere}");
 }
 
 #[test]

@@ -209,12 +209,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     bar.clear();
     let report = built.map_err(|e| match e {
         vbd_fs::Error::Invalid(text) => UsageError(text).into(),
-        vbd_fs::Error::Exists(path) => {
-            anyhow::anyhow!(
-                "{}: exists already; choose another name, or replace it with --force",
-                path.display()
-            )
-        }
         other => anyhow::Error::from(other),
     })?;
     for warning in &report.warnings {
