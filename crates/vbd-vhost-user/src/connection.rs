@@ -44,16 +44,14 @@ pub(crate) fn serve(shared: &Arc<Shared>, socket: UnixStream) -> std::io::Result
             Err(Error::Disconnected) => break,
             Err(error) => {
                 if shared.stop_until().is_none() {
-                    tracing::warn!("{}: the connection is given up: {error}", shared.name());
-                    shared.set_error(Some(format!("the connection was given up: {error}")));
+                    shared.complain(&format!("the connection is given up: {error}"));
                 }
                 break;
             }
         }
     }
     if owner.is_lost() {
-        tracing::warn!("{}: the front-end has truncated the memory it shares", shared.name());
-        shared.set_error(Some("the front-end has truncated the memory it shares".into()));
+        shared.complain("the front-end has truncated the memory it shares");
     }
     tracing::debug!("{}: the front-end has gone", shared.name());
     Ok(())

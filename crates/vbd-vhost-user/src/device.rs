@@ -116,7 +116,7 @@ impl Device {
     }
 
     fn fail(&self, what: &str) -> Error {
-        tracing::warn!("{}: {what}", self.shared.name());
+        self.shared.complain(what);
         Error::InvalidParam
     }
 
@@ -145,10 +145,7 @@ impl Device {
         if let Some(session) = &self.session {
             return Ok((session.geometry(), session.capabilities()));
         }
-        self.shared.disk().inspect().map_err(|error| {
-            self.shared.set_error(Some(error.to_string()));
-            self.fail(&error.to_string())
-        })
+        self.shared.disk().inspect().map_err(|error| self.fail(&error.to_string()))
     }
 
     fn set_writeback(&self, on: bool) {
@@ -207,9 +204,7 @@ impl Device {
             if ready(&self.vrings[index])
                 && let Err(reason) = self.start(index, &session)
             {
-                let message = format!("queue {index} cannot start: {reason}");
-                tracing::error!("{}: {message}", self.shared.name());
-                self.shared.set_error(Some(message));
+                self.shared.complain(&format!("queue {index} cannot start: {reason}"));
                 // Not tried again before the front-end has set it up anew.
                 self.vrings[index].kick = None;
             }
@@ -222,7 +217,7 @@ impl Device {
         if let Some(session) = &self.session {
             return Some(session.clone());
         }
-        match self.shared.disk().open() {
+        match self.shared.open() {
             Ok(session) => {
                 self.opening = None;
                 self.shared.set_error(None);
@@ -232,10 +227,11 @@ impl Device {
             Err(error) => {
                 let now = Instant::now();
                 let until = self.opening.map_or(now + self.shared.options().open_within, |o| o.until);
+                let message = format!("the disk cannot be opened: {error}");
                 if self.opening.is_none() || now >= until {
-                    tracing::error!("{}: the disk cannot be opened: {error}", self.shared.name());
+                    self.shared.complain(&message);
                 }
-                self.shared.set_error(Some(error.to_string()));
+                self.shared.set_error(Some(message));
                 // With the bound over, the next message of the front-end that starts a queue tries again.
                 self.opening = (now < until).then(|| Opening { until, next: now + OPEN_AGAIN });
                 None
@@ -262,7 +258,8 @@ impl Device {
             false => self.features & !feature::FLUSH,
         };
         let setup = Setup {
-            label: format!("{}: queue {index}", self.shared.name()),
+            server: self.shared.clone(),
+            number: index,
             addresses,
             size: vring.size,
             base: vring.base,
@@ -310,19 +307,18 @@ impl Device {
         let until = Instant::now() + CANCELLED_WITHIN;
         for (index, _, receiver) in late {
             let next = receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok();
+            if next.is_none() {
+                let what =
+                    "has requests that the storage does not give back; the disk stays open until it does";
+                self.shared.complain(&format!("queue {index} {what}"));
+                self.shared.abandon(receiver);
+            }
             stopped.push((index, next));
         }
         for (index, next) in &stopped {
             let vring = &mut self.vrings[*index];
             vring.kick = None;
-            match next {
-                Some(next) => vring.base = *next,
-                None => tracing::error!(
-                    "{}: queue {index} has requests that the storage does not give back; its disk stays open \
-                     until it does",
-                    self.shared.name()
-                ),
-            }
+            vring.base = next.unwrap_or(vring.base);
         }
         stopped
     }
@@ -346,8 +342,7 @@ impl Device {
             if !session.capabilities().read_only
                 && let Err(reason) = flush(self.shared.reactor(0), &session, within)
             {
-                tracing::error!("{}: the last flush failed: {reason}", self.shared.name());
-                self.shared.set_error(Some(format!("the last flush failed: {reason}")));
+                self.shared.complain(&format!("the last flush failed: {reason}"));
             }
             drop(session);
             self.shared.set_started(false);
@@ -388,7 +383,9 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.reset_device()
+        // Deprecated, and to be read as: disable all rings.
+        self.stop_all(Instant::now() + self.shared.options().drain, false);
+        Ok(())
     }
 
     fn reset_device(&mut self) -> Result<()> {

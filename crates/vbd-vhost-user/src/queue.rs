@@ -19,17 +19,18 @@ use crate::chain::{Intake, Violation};
 use crate::config::feature;
 use crate::dirty::DirtyLog;
 use crate::inflight::Tracker;
-use crate::log::Limiter;
 use crate::memory::Memory;
 use crate::notify::{self, Call};
 use crate::request::{Action, Limits, Part, Status, decide};
 use crate::ring::{Addresses, Ring};
+use crate::server::Shared;
 use crate::sigbus::Owner;
 
 /// Everything that a queue needs to run.
 pub(crate) struct Setup {
-    /// For messages: the disk and the queue's number.
-    pub(crate) label: String,
+    pub(crate) server: Arc<Shared>,
+    /// The queue's number.
+    pub(crate) number: usize,
     pub(crate) addresses: Addresses,
     pub(crate) size: u16,
     /// Running index of the next available entry, where the in-flight region does not know better.
@@ -126,7 +127,8 @@ const FREE: Slot = Slot { status: std::ptr::null_mut(), written: 0, parts: 0, wo
 
 pub(crate) struct Queue {
     id: u64,
-    label: String,
+    server: Arc<Shared>,
+    number: usize,
     local: Local,
     owner: Arc<Owner>,
     counters: Arc<QueueCounters>,
@@ -161,11 +163,12 @@ struct Core {
     kick: Option<Rc<Kick>>,
     waiting: Option<OpId>,
     paused: bool,
+    /// The ring's memory was taken away.
+    uprooted: bool,
     broken: bool,
     /// The front-end is gone: what is cancelled stays in flight, for it to come back to.
     detached: bool,
     stopping: Option<SyncSender<u16>>,
-    limiter: Limiter,
 }
 
 /// What to do next.
@@ -195,7 +198,8 @@ impl Queue {
         intake.resubmit(again.unwrap_or_default());
         let queue = Rc::new(Queue {
             id,
-            label: setup.label,
+            server: setup.server,
+            number: setup.number,
             local: local.clone(),
             owner: setup.owner,
             counters: setup.counters,
@@ -221,10 +225,10 @@ impl Queue {
                 kick: None,
                 waiting: None,
                 paused: false,
+                uprooted: false,
                 broken: false,
                 detached: false,
                 stopping: None,
-                limiter: Limiter::default(),
             }),
         });
         QUEUES.with_borrow_mut(|queues| queues.insert(id, queue.clone()));
@@ -280,16 +284,18 @@ impl Queue {
     }
 
     /// Uses another memory table. Requests in flight keep the one they have.
-    pub(crate) fn set_memory(&self, memory: &Arc<Memory>, addresses: Addresses) {
+    pub(crate) fn set_memory(self: &Rc<Self>, memory: &Arc<Memory>, addresses: Addresses) {
         let mut core = self.core.borrow_mut();
-        match Ring::new(memory, addresses, core.intake.ring().size()) {
-            Ok(ring) => {
-                core.guard = memory.clone();
-                core.intake.move_to(ring, memory.clone());
-            }
-            // The old memory stays mapped for as long as the queue needs it.
-            Err(reason) => self.break_down(&mut core, &format_args!("its memory was taken away: {reason}")),
+        let ring = Ring::new(memory, addresses, core.intake.ring().size());
+        // Front-ends take a region away and add it again, changed. Until the ring is back nothing is taken; what is in
+        // flight ends in the old memory, which stays mapped for as long as it is needed.
+        core.uprooted = ring.is_err();
+        if let Ok(ring) = ring {
+            core.guard = memory.clone();
+            core.intake.move_to(ring, memory.clone());
         }
+        drop(core);
+        self.wake();
     }
 
     /// Stops: takes nothing more, and tells the index of the next available entry when all is done.
@@ -325,9 +331,7 @@ impl Queue {
 
     fn break_down(&self, core: &mut Core, reason: &dyn std::fmt::Display) {
         if !std::mem::replace(&mut core.broken, true) {
-            if core.limiter.allows(self.local.now()) {
-                tracing::warn!("{}: the queue is given up: {reason}", self.label);
-            }
+            self.server.complain(&format!("queue {} is given up: {reason}", self.number));
             if let Some(fd) = &core.error {
                 notify::signal(fd);
             }
@@ -374,7 +378,7 @@ impl Queue {
     #[inline]
     fn next(&self, core: &mut Core) -> Step {
         let leaving = core.stopping.is_some() && (core.detached || !core.intake.has_again());
-        if core.broken || core.paused || leaving {
+        if core.broken || core.paused || core.uprooted || leaving {
             return Step::Nothing;
         }
         let mut pieces = core.spare.pop().unwrap_or_default();
@@ -518,12 +522,10 @@ impl Queue {
     }
 
     #[cold]
-    fn complain(&self, core: &mut Core, error: &Error) {
-        let quiet = error.kind().is_guest_made() || error.kind() == ErrorKind::Cancelled;
-        if quiet {
-            tracing::debug!("{}: {error}", self.label);
-        } else if core.limiter.allows(self.local.now()) {
-            tracing::error!("{}: {error}", self.label);
+    fn complain(&self, error: &Error) {
+        match error.kind().is_guest_made() || error.kind() == ErrorKind::Cancelled {
+            true => tracing::debug!("{}: queue {}: {error}", self.server.name(), self.number),
+            false => self.server.storage_error(error),
         }
     }
 }
@@ -553,7 +555,7 @@ impl Sink for Queue {
         let status = match &result {
             Ok(()) => Status::Ok,
             Err(error) => {
-                self.complain(core, error);
+                self.complain(error);
                 Status::from(error.kind())
             }
         };
@@ -610,7 +612,7 @@ impl Poller for Queue {
         if core.used != core.published {
             return true;
         }
-        if !core.broken && !core.paused && core.stopping.is_none() {
+        if !core.broken && !core.paused && !core.uprooted && core.stopping.is_none() {
             let next = core.intake.next();
             if core.intake.ring().ask_for_kick(self.event_index, next) {
                 core.intake.ring().no_kicks(self.event_index);

@@ -5,13 +5,15 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use vbd_core::Disk;
+use vbd_core::{Disk, ErrorKind, Session};
 use vbd_ring::{Completion, FileHandle, Handle, Local, Op, OpId};
 
 use crate::connection;
+use crate::log::Limiter;
 use crate::path::{self, Claim};
 use crate::request::SERIAL;
 
@@ -85,6 +87,9 @@ struct State {
     listening: bool,
     accept: Option<OpId>,
     failures: u32,
+    limiter: Limiter,
+    /// Queues of earlier connections that the storage has not let go of.
+    abandoned: Vec<Receiver<u16>>,
 }
 
 pub(crate) struct Shared {
@@ -128,6 +133,44 @@ impl Shared {
 
     pub(crate) fn set_error(&self, error: Option<String>) {
         self.state().status.error = error;
+    }
+
+    /// Writes what went wrong to the log, as far as that is not flooded, and keeps it for who asks.
+    pub(crate) fn complain(&self, message: &str) {
+        let mut state = self.state();
+        if state.limiter.allows(Instant::now()) {
+            tracing::warn!("{}: {message}", self.name());
+        }
+        state.status.error = Some(message.to_owned());
+    }
+
+    /// The same for a request that the storage has failed.
+    pub(crate) fn storage_error(&self, error: &vbd_core::Error) {
+        let mut state = self.state();
+        if state.limiter.allows(Instant::now()) {
+            tracing::error!("{}: {error}", self.name());
+        }
+        state.status.error = Some(error.to_string());
+    }
+
+    /// A queue that could not be stopped says so when it has.
+    pub(crate) fn abandon(&self, ended: Receiver<u16>) {
+        self.state().abandoned.push(ended);
+    }
+
+    /// Opens the disk, once nothing of an earlier connection is in the storage any more: what it still holds would
+    /// be done a second time, or land on top of what is newer.
+    pub(crate) fn open(&self) -> vbd_core::Result<Arc<dyn Session>> {
+        let clear = {
+            let abandoned = &mut self.state().abandoned;
+            abandoned.retain(|ended| ended.try_recv() == Err(TryRecvError::Empty));
+            abandoned.is_empty()
+        };
+        if !clear {
+            let message = "the storage still holds requests of an earlier connection";
+            return Err(vbd_core::Error::new(ErrorKind::Busy, message));
+        }
+        self.disk.open()
     }
 
     pub(crate) fn set_started(&self, started: bool) {

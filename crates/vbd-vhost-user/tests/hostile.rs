@@ -20,6 +20,8 @@ fn breaks(mischief: impl Fn(&Machine)) {
         mischief(&bad);
         bad.queue.kick();
         bad.queue.wait_broken();
+        let said = bench.server().status().error.unwrap();
+        assert!(said.starts_with("queue 0 is given up: "), "{said}");
         assert_eq!(bad.queue.completed(&bad.guest), []);
         assert_eq!(good.round(OUT, 1, 512), 0);
         // The front-end can stop it, and is told no nonsense.
