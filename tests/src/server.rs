@@ -28,12 +28,12 @@ impl Scratch {
         finish(Process::spawn(self.command(arguments))?, VERB)
     }
 
-    /// Starts `vbd up` with a configuration of this text; comes back when its disks are ready.
+    /// Starts `vbd up` with a configuration of this name and text; comes back when its disks are ready.
     ///
     /// # Errors
     /// When it ends instead, or says nothing in time.
-    pub fn up(&self, configuration: &str) -> Result<Server> {
-        let path = self.path("up.toml");
+    pub fn up(&self, name: &str, configuration: &str) -> Result<Server> {
+        let path = self.path(name);
         fs::write(&path, configuration)?;
         Server::start(self.command(["up".as_ref(), path.as_os_str()]))
     }

@@ -74,7 +74,7 @@ fn four_disks_with_four_queues_each() -> Result<()> {
         let file = scratch.sparse(name, 64 * MIB)?;
         configuration += &format!("[[disk]]\npath = {file:?}\nqueues = 4\n");
     }
-    let server = scratch.up(&configuration)?;
+    let server = scratch.up("four.toml", &configuration)?;
     let mut machine = Machine::new(["a", "b", "c", "d"].map(|name| scratch.disk(name, 4))).with_tools();
     machine.cpus = 4;
     let mut guest = machine.boot(&scratch)?;
