@@ -52,7 +52,7 @@ fn entry(line: &str) -> Result<(u16, u16, u32), String> {
             Ok(id) if id != NO_ID => (tag, id),
             _ => {
                 return Err(format!(
-                    "has an ACL for {who:?}: names cannot be kept, pack it with --numeric-owner or --xattrs"
+                    "has an ACL for {who:?}, whose number is not known: pack it with --xattrs --xattrs-include='*'"
                 ));
             }
         },

@@ -17,6 +17,8 @@ pub(super) struct Records {
     pub(super) gid: Option<u64>,
     pub(super) mtime: Option<Time>,
     pub(super) xattrs: Vec<Xattr>,
+    /// ACLs as text, with the attribute that they are in the kernel.
+    acls: Vec<(&'static str, Vec<u8>)>,
     pub(super) sparse: Sparse,
 }
 
@@ -38,6 +40,9 @@ impl Records {
             let (key, value) = record?;
             records.take(key, value)?;
         }
+        for (name, text) in std::mem::take(&mut records.acls) {
+            records.acl(name, &text)?;
+        }
         Ok(records)
     }
 
@@ -49,8 +54,8 @@ impl Records {
             b"uid" => self.uid = Some(number(value)?),
             b"gid" => self.gid = Some(number(value)?),
             b"mtime" => self.mtime = Some(time(value)?),
-            b"SCHILY.acl.access" => self.acl("system.posix_acl_access", value)?,
-            b"SCHILY.acl.default" => self.acl("system.posix_acl_default", value)?,
+            b"SCHILY.acl.access" => self.acls.push(("system.posix_acl_access", value.to_vec())),
+            b"SCHILY.acl.default" => self.acls.push(("system.posix_acl_default", value.to_vec())),
             b"RHT.security.selinux" => self.xattr(b"security.selinux", value.to_vec())?,
             b"GNU.sparse.major" => self.sparse.major = Some(number(value)?),
             b"GNU.sparse.minor" if number(value)? > 1 => {
@@ -84,7 +89,7 @@ impl Records {
         Ok(())
     }
 
-    /// A binary ACL among the attributes and a written one say the same; the binary one stays.
+    /// Where the attributes have the same ACL in the kernel's form, that one stays: it needs no names.
     fn acl(&mut self, name: &str, text: &[u8]) -> Result<(), String> {
         if self.xattrs.iter().any(|(n, _)| n == name) {
             return Ok(());
@@ -188,6 +193,18 @@ mod tests {
         assert_eq!(time(b"7.1234567891"), Ok(Time { seconds: 7, nanoseconds: 123_456_789 }));
         for bad in [&b""[..], b"x", b"1.x", b"--1", b"99999999999999999999"] {
             assert!(time(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_acl_in_the_kernels_form_counts_wherever_it_stands() {
+        let record = |text: &str| format!("{} {text}\n", text.len() + 4);
+        let text = record("SCHILY.acl.access=user::rw-,user:somebody:r--,group::r--,mask::r--,other::r--");
+        let binary = record("SCHILY.xattr.system.posix_acl_access=binary");
+        assert!(Records::parse(text.as_bytes()).is_err_and(|e| e.contains("somebody")));
+        for both in [format!("{text}{binary}"), format!("{binary}{text}")] {
+            let records = Records::parse(both.as_bytes()).unwrap();
+            assert_eq!(records.xattrs, [("system.posix_acl_access".into(), b"binary".to_vec())]);
         }
     }
 
