@@ -212,6 +212,8 @@ pub(crate) struct Command {
     pub(crate) error: Option<NbdError>,
     /// The last message of the reply is in the outbox.
     pub(crate) answered: bool,
+    /// A whole read for which there was not enough memory: its pieces are sent one after the other.
+    pub(crate) streamed: bool,
     /// The pieces of a whole read that are back.
     pub(crate) parts: Vec<Option<(Buffer, usize, usize)>>,
 }
@@ -233,6 +235,7 @@ impl Command {
             made: 0,
             error: None,
             answered: false,
+            streamed: false,
             parts: Vec::new(),
         }
     }
@@ -256,6 +259,11 @@ impl Command {
         let (offset, len) = self.ahead().next_piece(most);
         self.taken += len as u64;
         (offset, len)
+    }
+
+    /// Whether pieces are on their way.
+    pub(crate) fn is_out(&self) -> bool {
+        self.out > 0
     }
 
     /// One more piece is on its way; says which.

@@ -312,14 +312,18 @@ impl Connection {
         if !self.spinning.replace(true) {
             self.local.activate(self.clone());
         }
+        // What waited for memory may have it now, whether or not more has come.
+        let open = transmission.is_open(&turn, &mut state.outbox);
+        let started = !transmission.ready.is_empty();
+        if !open || (state.backlog.is_empty() && !state.readable) {
+            state.deaf |= transmission.has_ended();
+            return started;
+        }
         if !state.backlog.is_empty() {
             let taken = transmission.take(&state.backlog, &turn, &mut state.outbox);
             state.backlog.drain(..taken);
-            state.deaf = transmission.has_ended();
-            return taken > 0 && !state.deaf;
-        }
-        if !state.readable || !transmission.is_open(&turn, &mut state.outbox) {
-            return false;
+            state.deaf |= transmission.has_ended();
+            return started || taken > 0;
         }
         let fd = self.file.as_fd();
         let (received, count) = if let Some(space) = transmission.space() {

@@ -1,8 +1,8 @@
 //! The NBD front-end: disks over TCP and unix sockets, to any number of clients.
 //!
 //! A [`Server`] listens and knows disks by name. Each client's connection lives on one reactor: its handshake
-//! ([`negotiation`]) and its requests ([`transmission`]) are machines that know neither sockets nor disks, and
-//! [`connection`] brings the three together.
+//! (`negotiation`) and its requests (`transmission`) are machines that know neither sockets nor disks, and
+//! `connection` brings the three together.
 
 mod command;
 mod connection;
@@ -11,6 +11,8 @@ mod edges;
 mod error;
 mod export;
 mod extents;
+#[doc(hidden)]
+pub mod fuzz;
 mod listen;
 mod memory;
 mod negotiation;

@@ -160,6 +160,11 @@ impl Account {
         self.reserve(bytes).then(|| lens.map(|len| self.reserved(len)).collect())
     }
 
+    /// Whether the client has nothing at the moment.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.used.get() == 0
+    }
+
     fn reserve(&self, bytes: usize) -> bool {
         let (before, after) = (self.used.get(), self.used.get() + bytes);
         // Alone, a request is never too long for its client: the limit is on what piles up.

@@ -13,7 +13,7 @@ use crate::command::{Command, Kind, Terms, Verdict};
 use crate::extents;
 use crate::memory::{Account, Buffer, PIECE};
 use crate::outbox::{About, Outbox, Payload};
-use crate::protocol::{Header, MAX_REQUEST, NbdError};
+use crate::protocol::{Header, Headers, MAX_REQUEST, NbdError};
 use crate::slab::Slab;
 
 /// The most commands of one client that are taken at once.
@@ -55,6 +55,8 @@ enum Input {
     Header(usize),
     /// A command that waits for memory.
     Start(u32),
+    /// A read that is sent piece by piece, and nothing else meanwhile.
+    Stream(u32),
     /// A payload of which a piece is being received.
     Fill { piece: u32, have: usize },
     /// A payload that nobody wants, and what is then answered.
@@ -125,6 +127,10 @@ impl Transmission {
         match self.input {
             Input::Ended => false,
             Input::Start(command) => self.start(command, turn, out) && self.has_room(out),
+            Input::Stream(command) => {
+                self.stream(command, turn);
+                false
+            }
             Input::Header(_) => self.has_room(out),
             _ => true,
         }
@@ -199,7 +205,7 @@ impl Transmission {
                         out.error(about, error);
                     }
                 }
-                Input::Start(_) | Input::Ended => break,
+                Input::Start(_) | Input::Stream(_) | Input::Ended => break,
             }
         }
         bytes.len() - rest.len()
@@ -256,8 +262,9 @@ impl Transmission {
 
     fn start_read(&mut self, index: u32, turn: &Turn) -> bool {
         while self.commands.get(index).left() > 0 {
-            let (offset, len) = self.commands.get(index).next_piece(PIECE);
+            let (offset, len) = self.commands.get(index).ahead().next_piece(PIECE);
             let Some(buffer) = self.account.buffer(covered(offset, len)) else { return false };
+            self.commands.get(index).next_piece(PIECE);
             self.read_piece(index, offset, len, buffer, turn);
         }
         true
@@ -270,12 +277,76 @@ impl Transmission {
         let lens = std::iter::from_fn(move || {
             (ahead.left() > 0).then(|| ahead.next_piece(PIECE)).map(|(offset, len)| covered(offset, len))
         });
-        let Some(buffers) = self.account.buffers(lens) else { return false };
+        let Some(buffers) = self.account.buffers(lens) else { return self.start_stream(index, turn) };
         for buffer in buffers {
             let (offset, len) = self.commands.get(index).next_piece(PIECE);
             self.read_piece(index, offset, len, buffer, turn);
         }
         true
+    }
+
+    /// A read for whose reply there is not enough memory. Others may never give theirs back, so once the client has
+    /// nothing else it is done with the little that everybody may have.
+    fn start_stream(&mut self, index: u32, turn: &Turn) -> bool {
+        if self.commands.len() > 1 || !self.account.is_empty() {
+            return false;
+        }
+        let command = self.commands.get(index);
+        if command.headers != Headers::Simple {
+            // "Do not fragment" may be refused; then the client asks for less.
+            command.error = Some(NbdError::Overflow);
+            command.taken = command.len;
+            return true;
+        }
+        command.streamed = true;
+        self.input = Input::Stream(index);
+        self.stream(index, turn);
+        false
+    }
+
+    /// Reads the next piece of a stream, if there is memory for it.
+    fn stream(&mut self, index: u32, turn: &Turn) {
+        let command = self.commands.get(index);
+        if command.is_out() || command.left() == 0 {
+            return;
+        }
+        let (offset, len) = command.ahead().next_piece(PIECE);
+        if let Some(buffer) = self.account.buffer(covered(offset, len)) {
+            self.commands.get(index).next_piece(PIECE);
+            self.read_piece(index, offset, len, buffer, turn);
+        }
+    }
+
+    /// A piece of a stream is there, or has failed. Once something was sent there is no way to tell of an error but to
+    /// hang up.
+    fn streamed(&mut self, piece: Piece, out: &mut Outbox) {
+        let command = self.commands.get(piece.command);
+        let first = piece.index == 0;
+        match piece.buffer {
+            Some(buffer) if command.error.is_none() => {
+                let data = Payload::Data(buffer, piece.skew, piece.len);
+                match first {
+                    true => out.data(command.about(), true, command.offset, 0, data),
+                    false => out.raw(data),
+                }
+                command.answered = true;
+                if !command.is_done() {
+                    return;
+                }
+                self.end_stream(false);
+            }
+            _ => {
+                command.taken = command.len;
+                self.end_stream(!first);
+            }
+        }
+        self.finish_if_done(piece.command, out);
+    }
+
+    fn end_stream(&mut self, hang_up: bool) {
+        if matches!(self.input, Input::Stream(_)) {
+            self.input = if hang_up { Input::Ended } else { Input::Header(0) };
+        }
     }
 
     fn read_piece(&mut self, command: u32, offset: u64, len: usize, buffer: Buffer, turn: &Turn) {
@@ -445,7 +516,7 @@ impl Transmission {
             start: command.offset - request.offset,
             len: command.len,
             one: command.one_extent,
-            wide: command.headers == crate::protocol::Headers::Extended,
+            wide: command.headers == Headers::Extended,
         };
         let (fixed, len) = extents::encode(&request.extents, asked, buffer.bytes_mut());
         command.answered = true;
@@ -458,6 +529,9 @@ impl Transmission {
         command.piece_back();
         if let Err(error) = result {
             command.error.get_or_insert(error);
+        }
+        if command.streamed {
+            return self.streamed(piece, out);
         }
         let more = command.left() > 0;
         match command.kind {
