@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -67,22 +68,25 @@ pub struct Daemon {
 }
 
 /// The signals that end a process.
-struct Signals([Signal; 3]);
+struct Signals(Vec<Signal>);
 
 impl Signals {
+    /// SIGTERM, and the terminal's signals unless whoever started this had them ignored, as nohup(1) does.
     fn new() -> std::io::Result<Self> {
-        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
-        let [terminate, interrupt, hangup] = kinds.map(signal);
-        Ok(Signals([terminate?, interrupt?, hangup?]))
+        let ignored = service::ignored_signals();
+        let terminal = [SignalKind::interrupt(), SignalKind::hangup()];
+        let heard = terminal.into_iter().filter(|kind| ignored >> (kind.as_raw_value() - 1) & 1 == 0);
+        Ok(Signals(
+            std::iter::once(SignalKind::terminate()).chain(heard).map(signal).collect::<Result<_, _>>()?,
+        ))
     }
 
     async fn next(&mut self) {
-        let [terminate, interrupt, hangup] = &mut self.0;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
+        std::future::poll_fn(|context| {
+            let came = self.0.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+            if came { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 }
 
@@ -137,7 +141,7 @@ impl Daemon {
         self.control.path()
     }
 
-    /// Serves until SIGTERM, SIGINT or SIGHUP, or, if `until_empty`, until the last disk was detached; then stops
+    /// Serves until SIGTERM, SIGINT or SIGHUP (where the latter two are not ignored), or, if `until_empty`, until the last disk was detached; then stops
     /// cleanly. A second signal meanwhile ends the process at once, with exit code 1.
     ///
     /// # Errors

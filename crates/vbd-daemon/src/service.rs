@@ -68,6 +68,13 @@ pub(crate) fn raise_open_files() {
     }
 }
 
+/// The signals that this process ignores: bit 0 is signal 1 (proc_pid_status(5)). None where that cannot be told.
+pub(crate) fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
 /// Whether this process is there and has not ended (proc_pid_stat(5)).
 pub(crate) fn is_running(pid: u32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };

@@ -85,13 +85,13 @@ struct SourceArgs {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Tailoring")]
 struct TailorArgs {
-    /// A TOML file with the keys of a [tailor] table; the options add to it
+    /// A TOML file with the keys of a `[tailor]` table; the options add to it
     #[arg(long, value_name = "FILE")]
     tailor: Option<PathBuf>,
     /// The machine's name
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
-    /// A line of fstab as DEVICE:/MOUNTPOINT[:TYPE[:OPTIONS]] or DEVICE:swap; may be given again
+    /// A line of fstab as `DEVICE:/MOUNTPOINT[:TYPE[:OPTIONS]]` or `DEVICE:swap`; may be given again
     #[arg(long, value_name = "ENTRY")]
     fstab: Vec<Mount>,
     /// A user to make, or to change

@@ -246,6 +246,28 @@ fn a_second_signal_ends_it_at_once() {
 }
 
 #[test]
+fn nohup_is_respected() {
+    let scratch = Scratch::new();
+    scratch.sparse("disk", MIB);
+    let serve =
+        |program: &mut Command| Server::start(program.args(["attach", "disk", "--vhost-user", "v.sock"]), 1);
+    let mut server = serve(&mut scratch.command());
+    server.signal(Signal::HUP);
+    assert!(server.wait().success(), "a terminal that goes takes its server along, cleanly");
+
+    let mut nohup = Command::new("nohup");
+    nohup
+        .arg(env!("CARGO_BIN_EXE_vbd"))
+        .current_dir(scratch.path(""))
+        .env("XDG_RUNTIME_DIR", scratch.path("run"));
+    let server = serve(&mut nohup);
+    let status = fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    assert_eq!(u64::from_str_radix(ignored.trim(), 16).unwrap() & 1, 1, "SIGHUP stays ignored");
+    server.stop().ok();
+}
+
+#[test]
 fn a_clean_stop_is_bounded() {
     let scratch = Scratch::new();
     let server = scratch.nbd("disk", &["--stop-within", "1"]);
