@@ -27,7 +27,7 @@ fn exports_are_listed_by_name_with_their_descriptions() {
     let mut client = served.connect();
     let (replies, last) = client.ask(3, &[]);
     assert_eq!(last, 1);
-    let listed: Vec<_> = replies.into_iter().map(|(kind, data)| (kind, data)).collect();
+    let listed = replies;
     assert_eq!(listed, [(2, [string("one"), b"the first".to_vec()].concat()), (2, string("two"))]);
     // The empty name means the only export, and there are two.
     assert_eq!(client.ask(6, &[&string("")[..], &[0, 0]].concat()).1, ERR_UNKNOWN);
