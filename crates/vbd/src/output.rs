@@ -67,6 +67,6 @@ mod tests {
         let mut table = Table::new(&["NAME", ">SIZE", "FILE"]);
         table.row(["größe".to_owned(), "2 GiB".to_owned(), "/a".to_owned()]);
         table.row(["x\x1b[2J".to_owned(), "512 B".to_owned(), String::new()]);
-        assert_eq!(table.render(2), "  NAME     SIZE  FILE\n  größe   2 GiB  /a\n  x?[2J   512 B\n");
+        assert_eq!(table.render(2), "  NAME    SIZE  FILE\n  größe  2 GiB  /a\n  x?[2J  512 B\n");
     }
 }

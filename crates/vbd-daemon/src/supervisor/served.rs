@@ -1,5 +1,6 @@
 //! One disk that is served: its file, its front-ends, its end.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -49,12 +50,12 @@ pub(super) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
             format!("{}: no front-end: name a vhost-user socket, an NBD export, or both", config.name);
         return Err(Fault::new(FaultKind::Invalid, message));
     }
-    let failed = |error: &dyn std::fmt::Display| Fault::failed(&config.name, error);
+    let failed = |error: &dyn Display| failed(&config, FaultKind::Failed, error);
     let image = open::open(&config.path).map_err(|error| failed(&error))?;
     if image.size == 0 {
         let path = config.path.display();
         return Err(failed(&format!(
-            "{path} is empty, so there is no disk in it: `vbd create --force` gives it a size"
+            "{path}: is empty, so there is no disk in it: `vbd create --force` gives it a size"
         )));
     }
     if config.access.is_writable() {
@@ -104,23 +105,28 @@ fn may_write(config: &DiskConfig) -> Result<(), Fault> {
     accessat(CWD, &config.path, rustix::fs::Access::WRITE_OK, AtFlags::EACCESS).map_err(|error| {
         let path = config.path.display();
         let error = std::io::Error::from(error);
-        Fault::failed(
-            &config.name,
-            format_args!("{path} cannot be written to ({error}): mend that, or serve it read-only"),
-        )
+        let message = format!("{path}: cannot be written to ({error}): mend that, or serve it read-only");
+        failed(config, FaultKind::Failed, &message)
     })
 }
 
 fn named(config: &DiskConfig, error: vbd_core::Error) -> Fault {
     let fault = Fault::from(error);
-    Fault { message: format!("{}: {}", config.name, fault.message), ..fault }
+    failed(config, fault.kind, &fault.message)
+}
+
+/// A fault whose message begins with the disk's file, and before that its name, unless that is the file's.
+fn failed(config: &DiskConfig, kind: FaultKind, error: &dyn Display) -> Fault {
+    let same = DiskConfig::default_name(&config.path).as_ref() == Some(&config.name);
+    let name = if same { String::new() } else { format!("{}: ", config.name) };
+    Fault::new(kind, format!("{name}{error}"))
 }
 
 fn wait_until_free(config: &DiskConfig, patience: Instant) -> Result<(), Fault> {
     let writable = config.access.is_writable();
     loop {
         let holders = lease::holders(&config.path);
-        let mut holders = holders.map_err(|error| Fault::failed(&config.name, error))?;
+        let mut holders = holders.map_err(|error| failed(config, FaultKind::Failed, &error))?;
         holders.retain(|holder| writable || holder.mode == Mode::Write);
         if holders.is_empty() {
             return Ok(());
@@ -130,11 +136,10 @@ fn wait_until_free(config: &DiskConfig, patience: Instant) -> Result<(), Fault> 
         if Instant::now() >= patience || holders.iter().any(runs) {
             let holders = holders.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let message = format!(
-                "{}: {} is in use by {holders}; end that first, or say --incoming where it is about to end",
-                config.name,
+                "{}: in use by {holders}; end that first, or say --incoming where it is about to end",
                 config.path.display(),
             );
-            return Err(Fault::new(FaultKind::Busy, message));
+            return Err(failed(config, FaultKind::Busy, &message));
         }
         std::thread::sleep(LOOK_AGAIN);
     }
