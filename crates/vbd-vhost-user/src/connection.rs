@@ -1,5 +1,6 @@
 //! One front-end's connection, on a thread of its own: nobody else waits for what it does or leaves half done.
 
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,7 +54,11 @@ pub(crate) fn serve(shared: &Arc<Shared>, socket: UnixStream) -> std::io::Result
     if owner.is_lost() {
         shared.complain("the front-end has truncated the memory it shares");
     }
-    tracing::debug!("{}: the front-end has gone", shared.name());
+    drop(handler);
+    drop(device);
+    // Memory of requests that are still in the storage keeps a copy of the socket.
+    let _ = messages.shutdown(Shutdown::Both);
+    tracing::debug!("{}: the connection has ended", shared.name());
     Ok(())
 }
 

@@ -92,6 +92,14 @@ struct State {
     abandoned: Vec<Receiver<u16>>,
 }
 
+impl State {
+    /// Whether the storage holds requests of an earlier connection.
+    fn is_held(&mut self) -> bool {
+        self.abandoned.retain(|ended| ended.try_recv() == Err(TryRecvError::Empty));
+        !self.abandoned.is_empty()
+    }
+}
+
 pub(crate) struct Shared {
     disk: Arc<dyn Disk>,
     reactors: Vec<Handle>,
@@ -161,12 +169,7 @@ impl Shared {
     /// Opens the disk, once nothing of an earlier connection is in the storage any more: what it still holds would
     /// be done a second time, or land on top of what is newer.
     pub(crate) fn open(&self) -> vbd_core::Result<Arc<dyn Session>> {
-        let clear = {
-            let abandoned = &mut self.state().abandoned;
-            abandoned.retain(|ended| ended.try_recv() == Err(TryRecvError::Empty));
-            abandoned.is_empty()
-        };
-        if !clear {
+        if self.state().is_held() {
             let message = "the storage still holds requests of an earlier connection";
             return Err(vbd_core::Error::new(ErrorKind::Busy, message));
         }
@@ -380,7 +383,7 @@ impl Server {
             }
             state = shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        true
+        !state.is_held()
     }
 }
 

@@ -284,3 +284,43 @@ fn the_next_server_waits_for_the_lease_before_it_repeats_anything() {
     assert_eq!(bench.disk.transfers().len(), 1);
     drop(frontend);
 }
+
+#[test]
+fn what_the_storage_does_not_give_back_is_not_done_a_second_time_before_it_has() {
+    let mut bench = Bench::new();
+    let (machine, frontend) = Machine::new(&bench.path);
+    machine.start(&frontend, 0);
+    bench.disk.stuck.store(true, SeqCst);
+    bench.disk.hold.store(true, SeqCst);
+    machine.write(0, 1);
+    machine.queue.kick();
+    eventually("a write is in the storage", || bench.disk.transfers().len() == 1);
+    // Not to be stopped: there is no answer, and the connection ends.
+    assert_eq!(frontend.stop(0), None);
+    eventually("the connection has ended", || !bench.server().status().connected);
+    assert_eq!(bench.disk.sessions.load(SeqCst), 1);
+
+    let frontend = machine.again(&bench.path);
+    let error = bench.server().status().error.unwrap();
+    assert!(error.contains("an earlier connection"), "{error}");
+    machine.write(3, 2);
+    machine.queue.kick();
+    assert!(frontend.is_alive());
+    assert_eq!(bench.disk.transfers().len(), 1);
+    // It lands, and is complete; the rest follows.
+    bench.disk.hold.store(false, SeqCst);
+    let mut done = machine.queue.wait(&machine.guest, 2);
+    done.sort_unstable();
+    assert_eq!(done, [(0, 1), (3, 1)]);
+    drop(frontend);
+
+    bench.disk.hold.store(true, SeqCst);
+    let frontend = machine.again(&bench.path);
+    machine.write(0, 1);
+    machine.queue.kick();
+    eventually("another is in the storage", || bench.disk.transfers().len() == 3);
+    assert!(!bench.server.take().unwrap().stop(std::time::Duration::from_millis(50)));
+    drop(frontend);
+    bench.disk.hold.store(false, SeqCst);
+    eventually("it has landed", || bench.disk.sessions.load(SeqCst) == 0);
+}

@@ -154,7 +154,10 @@ impl Frontend {
     /// The payload of the next message from the server; none if it has closed the connection.
     pub(crate) fn receive(&self) -> Option<Vec<u8>> {
         let mut header = [0; 12];
-        (&self.socket).read_exact(&mut header).ok()?;
+        if let Err(error) = (&self.socket).read_exact(&mut header) {
+            assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "no answer, and the connection is open");
+            return None;
+        }
         let len = u32::from_ne_bytes(header[8..].try_into().unwrap()) as usize;
         let mut payload = vec![0; len];
         (&self.socket).read_exact(&mut payload).ok()?;

@@ -34,7 +34,9 @@ pub(crate) struct Behaviour {
     pub(crate) asked: Mutex<Vec<Asked>>,
     /// Requests wait, as for a policy, until this is false.
     pub(crate) hold: AtomicBool,
-    /// The same for requests at odd sectors only.
+    /// They wait in the storage, where they cannot be cancelled.
+    pub(crate) stuck: AtomicBool,
+    /// Requests at odd sectors wait.
     pub(crate) hold_odd: AtomicBool,
     pub(crate) fail: Mutex<Option<ErrorKind>>,
     /// The lease is held by somebody else.
@@ -55,6 +57,7 @@ impl MemDisk {
             data: Mutex::new(vec![0; size]),
             asked: Mutex::default(),
             hold: AtomicBool::new(false),
+            stuck: AtomicBool::new(false),
             hold_odd: AtomicBool::new(false),
             fail: Mutex::default(),
             busy: AtomicBool::new(false),
@@ -215,6 +218,9 @@ impl Channel for MemChannel {
     }
 
     fn cancel_waiting(&self) {
+        if self.session.0.stuck.load(Ordering::SeqCst) {
+            return;
+        }
         let held = std::mem::take(&mut *self.held.borrow_mut());
         held.into_iter().for_each(|request| request.fail(Error::new(ErrorKind::Cancelled, "given up")));
     }
@@ -222,7 +228,9 @@ impl Channel for MemChannel {
 
 impl MemChannel {
     fn look_again(self: &Rc<Self>) {
-        let timer = Rc::new(Timer(Rc::downgrade(self)));
+        // What is in the storage keeps its channel.
+        let stuck = self.session.0.stuck.load(Ordering::SeqCst).then(|| self.clone());
+        let timer = Rc::new(Timer(Rc::downgrade(self), stuck));
         self.local.timer(Instant::now() + Duration::from_millis(1), timer, 0);
     }
 
@@ -243,11 +251,11 @@ impl MemChannel {
 }
 
 /// Looks again, as long as there is a channel.
-struct Timer(Weak<MemChannel>);
+struct Timer(Weak<MemChannel>, Option<Rc<MemChannel>>);
 
 impl Completion for Timer {
     fn complete(self: Rc<Self>, _token: u64, _result: i32) {
-        if let Some(channel) = self.0.upgrade() {
+        if let Some(channel) = self.1.clone().or_else(|| self.0.upgrade()) {
             channel.look();
         }
     }
