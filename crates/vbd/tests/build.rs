@@ -1,0 +1,118 @@
+//! `vbd build`: its report, its exit codes, and what a signal leaves. What is in an image is tested where it is made.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn vbd(directory: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vbd"));
+    command.current_dir(directory).env_remove("TMPDIR").stdin(Stdio::null());
+    command
+}
+
+fn build(directory: &Path, arguments: &[&str]) -> Output {
+    vbd(directory).arg("build").args(arguments).output().unwrap()
+}
+
+/// Expect that exit code and each of these texts in the message.
+fn refused(output: &Output, code: i32, texts: &[&str]) {
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    for text in texts {
+        assert!(message.contains(text), "{text:?} is not in: {message}");
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// A place with a small tree in it.
+fn place() -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    fs::create_dir_all(place.path().join("tree/etc")).unwrap();
+    fs::write(place.path().join("tree/etc/motd"), b"hello\n").unwrap();
+    place
+}
+
+const ARGUMENTS: [&str; 5] = ["disk", "--size", "16M", "--from", "tree"];
+
+#[test]
+fn the_report_is_for_people_or_programs() {
+    let place = place();
+    let built = build(place.path(), &[&ARGUMENTS[..], &["--label", "root", "--hostname", "vm1"]].concat());
+    let said = String::from_utf8(built.stdout).unwrap();
+    assert!(built.status.success() && built.stderr.is_empty(), "{}", String::from_utf8_lossy(&built.stderr));
+    assert!(said.starts_with("disk: 16 MiB, ") && said.contains("\next4 \"root\" "), "{said}");
+    assert!(said.contains("\n3 files with ") && said.contains("2 directories"), "{said}");
+
+    let built = build(place.path(), &[&ARGUMENTS[..], &["--force", "--json"]].concat());
+    let report: serde_json::Value = serde_json::from_slice(&built.stdout).unwrap();
+    assert_eq!((&report["size"], &report["counts"]["files"]), (&(16 << 20).into(), &1.into()));
+    assert_eq!(report["filesystem"], "ext4");
+    assert_eq!(fs::metadata(place.path().join("disk")).unwrap().len(), 16 << 20);
+    assert_eq!(names(place.path()), ["disk", "tree"]);
+}
+
+#[test]
+fn an_odd_size_keeps_its_tail() {
+    let place = place();
+    let built = build(place.path(), &["disk", "--size", "16777217", "--from", "tree"]);
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    assert_eq!(fs::metadata(place.path().join("disk")).unwrap().len(), (16 << 20) + 1);
+}
+
+#[test]
+fn refusals_have_their_exit_codes() {
+    let place = place();
+    let with = |more: &[&str]| build(place.path(), &[&ARGUMENTS[..], more].concat());
+    fs::write(place.path().join("bad.toml"), "hostname = 'vm1'\nhostnam = 'vm2'\n").unwrap();
+    refused(&with(&["--tailor", "bad.toml"]), 1, &["bad.toml", "line 2", "hostnam"]);
+    refused(&with(&["--label", "far too long for a label"]), 2, &["at most 16 bytes"]);
+    refused(&with(&["--fstab", "/dev/vda"]), 2, &["no mount point", "--fstab"]);
+    refused(&with(&["--filesystem", "xfs"]), 2, &["none of ext2, ext3, ext4"]);
+    refused(&with(&["--password-hash", "$6$x"]), 2, &["--user"]);
+    refused(&with(&["--network", "dhcp-networkd"]), 1, &["the tree has no systemd-networkd"]);
+    refused(&build(place.path(), &["disk", "--size", "0", "--from", "tree"]), 2, &["size"]);
+    refused(
+        &build(place.path(), &["disk", "--size", "16M", "--from", "-"]),
+        1,
+        &["standard input is truncated"],
+    );
+    refused(&build(place.path(), &["disk", "--size", "16M", "--from", "no"]), 1, &["no: cannot be read"]);
+    assert_eq!(names(place.path()), ["bad.toml", "tree"]);
+    assert!(with(&[]).status.success());
+    refused(&with(&[]), 1, &["exists already", "--force"]);
+}
+
+#[test]
+fn a_signal_ends_it_and_leaves_nothing() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        let place = tempfile::tempdir().unwrap();
+        let mut command = vbd(place.path());
+        command
+            .args(["build", "disk", "--size", "16M", "--from", "-"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        // The start of an archive whose rest never comes.
+        stdin.write_all(&[0; 100]).unwrap();
+        let start = Instant::now();
+        while !names(place.path()).iter().any(|name| name.starts_with(".vbd-stage-")) {
+            assert!(start.elapsed() < Duration::from_secs(60), "it does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let pid = libc::pid_t::try_from(child.id()).unwrap();
+        // SAFETY: the process is a child that was not waited for, so that the number is its own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+        refused(&child.wait_with_output().unwrap(), 1, &["interrupted: nothing was left behind"]);
+        assert_eq!(names(place.path()), [""; 0]);
+        drop(stdin);
+    }
+}
