@@ -590,11 +590,11 @@ impl Completion for Connection {
                     return;
                 }
                 let mut state = self.state.borrow_mut();
-                if token == READABLE {
-                    state.readable = true;
-                } else {
-                    state.writable = true;
-                }
+                state.readable |= token == READABLE;
+                state.writable |= token == WRITABLE;
+                drop(state);
+                // Together with the requests that come back in the same turn.
+                return self.schedule();
             }
             DEADLINE => {
                 let mut state = self.state.borrow_mut();

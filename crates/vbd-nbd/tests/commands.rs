@@ -6,10 +6,11 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{Memory, Style, serve, serve_disk, until};
+use common::{Memory, Style, serve, serve_disk, serve_with, until};
 use vbd_core::filter::{Action, Filtered, Inject, Rule};
 use vbd_core::{Capabilities, ErrorKind, Operation};
 use vbd_nbd::{ExportOptions, Options};
+use vbd_ring::EngineKind;
 
 const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
 const EPERM: u32 = 1;
@@ -52,6 +53,21 @@ fn what_was_written_is_read_in_any_size_and_style() {
             assert!(client.read(8192 + 512, len as u64) == data, "{len} bytes, {style:?}");
         }
     }
+}
+
+#[test]
+fn without_io_uring_it_is_the_same() {
+    let served = serve_with(Options::default(), EngineKind::Threads);
+    served.server.add_export("disk", Memory::new(8 << 20), ExportOptions::default()).unwrap();
+    for style in STYLES {
+        let mut client = served.connect();
+        client.go(style, "disk").unwrap();
+        let data = pattern(5 << 20);
+        assert_eq!(client.write(0, 700, &data), 0);
+        assert!(client.read(700, 5 << 20) == data);
+        assert_eq!(client.command(FLUSH, 0, 0, 0, &[]).error, 0);
+    }
+    assert_eq!(served.server.stop(Duration::from_secs(10)), 0);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use vbd_core::{
     Result, Session, Statistics, Watchers,
 };
 use vbd_nbd::{ExportOptions, Listen, Options, Server};
-use vbd_ring::{Local, Reactor, Settings};
+use vbd_ring::{EngineKind, Local, Reactor, Settings};
 
 /// A disk in memory. It refuses what the contract forbids, and counts.
 pub(crate) struct Memory {
@@ -212,10 +212,15 @@ pub(crate) struct Served {
 }
 
 pub(crate) fn serve(options: Options) -> Served {
+    serve_with(options, EngineKind::Auto)
+}
+
+pub(crate) fn serve_with(options: Options, engine: EngineKind) -> Served {
     let directory = TempDir::new().unwrap();
     let socket = directory.path().join("nbd.sock");
+    let settings = Settings { engine, ..Settings::default() };
     let reactors: Vec<_> =
-        (0..2).map(|number| Reactor::spawn(&format!("nbd{number}"), Settings::default()).unwrap()).collect();
+        (0..2).map(|number| Reactor::spawn(&format!("nbd{number}"), settings.clone()).unwrap()).collect();
     let handles = reactors.iter().map(Reactor::handle).collect();
     let server = Server::bind(Listen::Unix(socket.clone()), options, handles).unwrap();
     Served { server, socket, directory, reactors }
