@@ -9,9 +9,11 @@ use vbd_daemon::config;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 7] = [
+const TARGETS: [Target; 9] = [
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
+    ("nbd_commands", vbd_nbd::fuzz::commands),
+    ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
