@@ -53,26 +53,42 @@ fn place(position: Option<Position>) -> String {
     position.map(|p| format!(":{p}")).unwrap_or_default()
 }
 
-/// The text of a configuration file, with what is needed to turn an offset into a place.
+/// The text of a configuration file, with what is needed to turn an offset into a place: a file of one long line
+/// with a hundred thousand disks in it is told places in as quickly as any other.
 pub(super) struct Source<'a> {
     pub(super) file: &'a Path,
     pub(super) text: &'a str,
     line_starts: Vec<usize>,
+    /// The characters that begin before each multiple of [`STRIDE`] bytes.
+    characters: Vec<usize>,
 }
+
+const STRIDE: usize = 1024;
 
 impl<'a> Source<'a> {
     pub(super) fn new(file: &'a Path, text: &'a str) -> Self {
         let line_starts = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
-        Self { file, text, line_starts }
+        let sums = text.as_bytes().chunks(STRIDE).scan(0, |sum, chunk| {
+            *sum += characters(chunk);
+            Some(*sum)
+        });
+        Self { file, text, line_starts, characters: std::iter::once(0).chain(sums).collect() }
     }
 
     /// The place of a byte offset; an offset past the end is the end, one inside a character that character.
     pub(super) fn position(&self, offset: usize) -> Position {
+        let mut offset = offset.min(self.text.len());
+        while !self.text.is_char_boundary(offset) {
+            offset -= 1;
+        }
         let line = self.line_starts.partition_point(|&start| start <= offset);
         let start = self.line_starts[line - 1];
-        let before =
-            self.text[start..].char_indices().take_while(|(at, c)| start + at + c.len_utf8() <= offset);
-        Position { line, column: before.count() + 1 }
+        Position { line, column: self.characters_before(offset) - self.characters_before(start) + 1 }
+    }
+
+    fn characters_before(&self, offset: usize) -> usize {
+        let stride = offset / STRIDE;
+        self.characters[stride] + characters(&self.text.as_bytes()[stride * STRIDE..offset])
     }
 
     pub(super) fn error(&self, offset: usize, message: impl Into<String>) -> ConfigError {
@@ -91,6 +107,11 @@ impl<'a> Source<'a> {
     pub(super) fn warning(&self, offset: usize, message: impl Into<String>) -> Warning {
         Warning { position: self.position(offset), message: message.into() }
     }
+}
+
+/// How many characters of UTF-8 begin in these bytes.
+fn characters(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count()
 }
 
 /// An error about a file as a whole.
@@ -119,5 +140,18 @@ mod tests {
         assert_eq!(at(5), (2, 2), "after a character of two bytes");
         assert_eq!(at(4), (2, 1), "inside a character");
         assert_eq!(at(99), (3, 1));
+        assert_eq!(Source::new(Path::new("f"), "").position(0), Position { line: 1, column: 1 });
+    }
+
+    #[test]
+    fn positions_hold_in_long_lines() {
+        let text = "xü\n".repeat(300) + &"aü".repeat(2000);
+        let source = Source::new(Path::new("f"), &text);
+        for (offset, _) in text.char_indices() {
+            let before = &text[..offset];
+            let line = before.matches('\n').count() + 1;
+            let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+            assert_eq!(source.position(offset), Position { line, column }, "{offset}");
+        }
     }
 }

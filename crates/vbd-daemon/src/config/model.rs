@@ -82,6 +82,8 @@ pub struct NbdConfig {
 impl NbdConfig {
     /// The default of `max_clients`.
     pub const MAX_CLIENTS: usize = 128;
+    /// The most addresses to listen on.
+    pub const MAX_ADDRESSES: usize = 64;
     /// The default of `memory`.
     pub const MEMORY: u64 = 256 << 20;
 

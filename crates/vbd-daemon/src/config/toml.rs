@@ -130,6 +130,10 @@ fn nbd(table: NbdTable, source: &Source<'_>, config: &mut Config) -> Result<NbdC
     if addresses.is_empty() {
         return Err(source.error(at, "the NBD server listens nowhere: name an address, or leave out [nbd]"));
     }
+    if addresses.len() > NbdConfig::MAX_ADDRESSES {
+        let message = format!("the NBD server listens on at most {} addresses", NbdConfig::MAX_ADDRESSES);
+        return Err(source.error(at, message));
+    }
     let mut listen = Vec::with_capacity(addresses.len());
     for (mut address, at) in addresses {
         if let NbdAddress::Unix(path) = &mut address {

@@ -283,12 +283,14 @@ impl Reader<'_> {
 
     /// The length of a prefix of the target, or of `ioemu:` before the vdev, taken note of.
     fn prefix(&mut self, rest: &str) -> Result<Option<usize>, DiskError> {
-        let Some((prefix, after)) = rest.split_once(':') else { return Ok(None) };
-        let is_word = prefix.starts_with(|c: char| c.is_ascii_lowercase())
-            && prefix.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        if !is_word {
+        // Not a search for the colon: that would read on to the end for each of many parameters without one.
+        let word = rest.bytes().take_while(|b| b.is_ascii_lowercase() || b.is_ascii_digit()).count();
+        let (prefix, after) = rest.split_at(word);
+        let Some(after) =
+            after.strip_prefix(':').filter(|_| prefix.starts_with(|c: char| c.is_ascii_lowercase()))
+        else {
             return Ok(None);
-        }
+        };
         if self.seen.target.is_some() {
             let before_vdev = prefix == "ioemu" && self.seen.vdev.is_none();
             return Ok(before_vdev.then_some(prefix.len() + 1));

@@ -48,3 +48,22 @@ fn one_file_under_two_paths_is_found() {
         assert!(error.starts_with("3:1 ") && error.contains("is the disk `a` (line 1) too"), "{error}");
     }
 }
+
+/// Times are not measured: work that grew with the square of these sizes would not end.
+#[test]
+fn hostile_sizes_are_read_in_one_pass() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |name: &str, text: String| {
+        let file = dir.path().join(name);
+        fs::write(&file, text).unwrap();
+        told(&load(&file).unwrap_err())
+    };
+    let disks: String = (0..50_000).map(|n| format!("{{path='{n}'}},")).collect();
+    let error = refused("line.toml", format!("limits.max-devices=1\ndisk=[{disks}]"));
+    assert!(error.starts_with("2:") && error.contains("50000 disks are more than"), "{error}");
+    let flags = format!("disk = ['/a,,xvda,{}x=1']", "discard,".repeat(200_000));
+    assert!(refused("flags", flags).contains("unknown key `x`"));
+    let disks: String = (0..20_000).map(|n| format!("'a{n},,d{n},untrusted',")).collect();
+    let error = refused("line", format!("disk = [{disks}]"));
+    assert!(error.contains("20000 disks are more than `max-devices` allows (4096)"), "{error}");
+}

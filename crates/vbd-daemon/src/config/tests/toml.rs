@@ -266,6 +266,8 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         let told = refused(text);
         assert!(told.starts_with(error), "{text}\n  is:        {told}\n  should be: {error}");
     }
+    let many = format!("nbd.listen = [{}]", "'a:1',".repeat(65));
+    assert_eq!(refused(&many), "1:14 the NBD server listens on at most 64 addresses");
     let long = format!("runtime-dir = '/{}'\n[[disk]]\npath = '/a'", "x".repeat(120));
     let told = refused(&long);
     assert!(told.starts_with("2:1 the socket path /xxx") && told.contains("has 128 bytes"), "{told}");
