@@ -43,16 +43,17 @@ impl Running {
         self.child.stdout.take()
     }
 
-    /// Waits for the end, looking at `progress` for a wish to stop and calling `tick` a few times a second.
+    /// Waits for the end, looking at `progress` for a wish to stop and calling `tick` a few times a second. Returns what
+    /// the program said.
     pub(crate) fn wait(
         mut self,
         progress: &mut dyn Progress,
         mut tick: impl FnMut(&mut dyn Progress),
-    ) -> Result<()> {
+    ) -> Result<String> {
         let status = self.ended(progress, &mut tick)?;
         let said = self.said();
         if status.success() {
-            return Ok(());
+            return Ok(said);
         }
         Err(Error::Tool { program: self.name.clone(), status: status.to_string(), stderr: said })
     }

@@ -191,15 +191,7 @@ pub(crate) fn set_xattr(dir: BorrowedFd<'_>, name: &OsStr, attribute: &Xattr) ->
     let c_key = c_string(key)?;
     let (data, size) = (value.as_ptr().cast(), value.len());
     // SAFETY: both names end in a NUL, and the value is as long as said.
-    let set = check(unsafe { libc::lsetxattr(path.as_ptr(), c_key.as_ptr(), data, size, 0) });
-    set.map_err(|e| {
-        let why = match e.raw_os_error() {
-            // The kernel has no such answer here.
-            Some(libc::ERANGE) => "; fakeroot keeps no more than 1 KiB, build as root",
-            _ => "",
-        };
-        io::Error::new(e.kind(), format!("extended attribute {}: {e}{why}", key.display()))
-    })
+    check(unsafe { libc::lsetxattr(path.as_ptr(), c_key.as_ptr(), data, size, 0) })
 }
 
 /// Reads all extended attributes of `name` itself, in the order of their names.

@@ -15,12 +15,25 @@ use crate::entry::{Content, Entry, Meta, Node, Sink, Time, Xattr};
 use crate::error::Context;
 use crate::meter::{Geometry, Meter, Room};
 use crate::sys::{self, View};
-use crate::{Counts, Error, Progress, Result};
+use crate::{Error, Progress, Result};
 
 /// Zeros of this size, at a multiple of it, become a hole.
 const GRAIN: usize = 4096;
 const ZEROS: [u8; GRAIN] = [0; GRAIN];
 const BUFFER: usize = 1 << 20;
+
+/// An extended attribute that fakeroot cannot keep, which is set in the filesystem itself.
+pub(crate) struct Unstaged {
+    pub(crate) path: PathBuf,
+    pub(crate) xattr: Xattr,
+}
+
+/// What a finished tree comes to.
+pub(crate) struct Finished {
+    /// The room that all entries take.
+    pub(crate) room: Room,
+    pub(crate) unstaged: Vec<Unstaged>,
+}
 
 /// A directory that is filled by entries.
 pub(crate) struct Tree {
@@ -32,6 +45,7 @@ pub(crate) struct Tree {
     latest: Option<(PathBuf, OwnedFd)>,
     meter: Meter,
     limit: Room,
+    unstaged: Vec<Unstaged>,
     buffer: Vec<u8>,
 }
 
@@ -45,6 +59,7 @@ impl Tree {
             latest: None,
             meter: Meter::new(geometry),
             limit,
+            unstaged: Vec::new(),
             buffer: vec![0; BUFFER],
         }
     }
@@ -55,8 +70,8 @@ impl Tree {
         room.blocks > self.limit.blocks || room.inodes > self.limit.inodes
     }
 
-    /// Gives the directories their attributes; returns the room that all entries take, and their number.
-    pub(crate) fn finish(mut self) -> Result<(Room, Counts)> {
+    /// Gives the directories their attributes.
+    pub(crate) fn finish(mut self) -> Result<Finished> {
         if !self.over() {
             for (path, (meta, xattrs)) in std::mem::take(&mut self.directories).into_iter().rev() {
                 let (dir, name) = if path.as_os_str().is_empty() {
@@ -64,10 +79,10 @@ impl Tree {
                 } else {
                     (self.parent(&path, false)?, name_of(&path).to_owned())
                 };
-                apply(dir.as_fd(), &name, &meta, &xattrs, false).at("set the attributes of", &path)?;
+                self.attributes(dir.as_fd(), &name, &path, &meta, &xattrs)?;
             }
         }
-        Ok((self.meter.room(), self.meter.counts()))
+        Ok(Finished { room: self.meter.room(), unstaged: self.unstaged })
     }
 
     /// Opens the directory of `path`, by its own names and through no link; makes it where `make` says so.
@@ -113,11 +128,38 @@ impl Tree {
             return Ok(true);
         }
         self.latest = None;
+        self.unstaged.retain(|one| one.path != path);
         if stat.is_dir() {
             self.directories.remove(path);
         }
         sys::unlink_at(dir, name, stat.is_dir()).at("replace", path)?;
         Ok(false)
+    }
+
+    /// Owner first, for it takes away set-user-ID and capabilities; the time last.
+    fn attributes(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        path: &Path,
+        meta: &Meta,
+        xattrs: &[Xattr],
+    ) -> Result<()> {
+        let set = "set the attributes of";
+        sys::chown_at(dir, name, meta.uid, meta.gid).at(set, path)?;
+        if !sys::stat_at(dir, name, View::Kernel).at("look at", path)?.is_symlink() {
+            sys::chmod_at(dir, name, meta.mode).at(set, path)?;
+        }
+        for xattr in xattrs {
+            match sys::set_xattr(dir, name, xattr) {
+                // fakeroot's answer to more than 1 KiB; the kernel has no such one here.
+                Err(e) if e.raw_os_error() == Some(libc::ERANGE) => {
+                    self.unstaged.push(Unstaged { path: path.to_owned(), xattr: xattr.clone() });
+                }
+                other => other.at(&format!("set the attribute {} of", xattr.0.display()), path)?,
+            }
+        }
+        set_time(dir, name, meta.mtime).at(set, path)
     }
 
     fn write_file(
@@ -234,27 +276,8 @@ impl Sink for Tree {
                 sys::mknod_at(dir, name, kind, major, minor).at("make", path)?;
             }
         }
-        let link = matches!(sys::stat_at(dir, name, View::Library), Ok(stat) if stat.is_symlink());
-        apply(dir, name, &meta, xattrs, link).at("set the attributes of", path)
+        self.attributes(dir, name, path, &meta, xattrs)
     }
-}
-
-/// Owner first, for it takes away set-user-ID and capabilities; the time last.
-pub(crate) fn apply(
-    dir: BorrowedFd<'_>,
-    name: &OsStr,
-    meta: &Meta,
-    xattrs: &[Xattr],
-    link: bool,
-) -> io::Result<()> {
-    sys::chown_at(dir, name, meta.uid, meta.gid)?;
-    if !link {
-        sys::chmod_at(dir, name, meta.mode)?;
-    }
-    for attribute in xattrs {
-        sys::set_xattr(dir, name, attribute)?;
-    }
-    set_time(dir, name, meta.mtime)
 }
 
 pub(crate) fn set_time(dir: BorrowedFd<'_>, name: &OsStr, time: Time) -> io::Result<()> {

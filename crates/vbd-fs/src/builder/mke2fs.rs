@@ -1,7 +1,8 @@
 //! `mke2fs -d`, and `debugfs` for what it leaves out.
 
-use std::fmt::Write as _;
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
@@ -11,6 +12,7 @@ use crate::error::Context;
 use crate::meter::{Geometry, Room};
 use crate::process::{Running, e2fsprogs};
 use crate::sys::{self, View};
+use crate::tree::Unstaged;
 use crate::{Error, Progress, Result};
 
 /// The image as the program's standard input: it may have no name.
@@ -65,6 +67,7 @@ impl Builder for Mke2fs {
         format: &Format,
         image: &File,
         tree: &Path,
+        unstaged: &[Unstaged],
         scratch: &Path,
         progress: &mut dyn Progress,
     ) -> Result<()> {
@@ -76,37 +79,71 @@ impl Builder for Mke2fs {
             progress.advance(now.saturating_sub(seen));
             seen = seen.max(now);
         })?;
-        root_attributes(image, tree, scratch, progress)
+        let mut script = root_attributes(tree)?;
+        for (number, one) in unstaged.iter().enumerate() {
+            let value = scratch.join(format!("value{number}"));
+            std::fs::write(&value, &one.xattr.1).at("write", &value)?;
+            script.push_str(&set_attribute(one, &value)?);
+        }
+        debugfs(image, &script, scratch, progress)
     }
 }
 
 /// mke2fs gives the root directory attributes of its own: these are the tree's.
-fn root_attributes(image: &File, tree: &Path, scratch: &Path, progress: &mut dyn Progress) -> Result<()> {
+fn root_attributes(tree: &Path) -> Result<String> {
     let dir = File::open(tree).at("open", tree)?;
-    let stat =
-        sys::stat_at(std::os::fd::AsFd::as_fd(&dir), "".as_ref(), View::Library).at("look at", tree)?;
+    let stat = sys::stat_at(dir.as_fd(), "".as_ref(), View::Library).at("look at", tree)?;
     // Seconds as mke2fs writes them, without those beyond 32 bits.
     let seconds = stat.mtime.seconds.clamp(i32::MIN.into(), i32::MAX.into());
-    let mut script = String::new();
     let mode = 0o40000 | stat.mode & 0o7777;
+    let mut script = format!("set_inode_field / mode 0{mode:o}\n");
     for (field, value) in [
-        ("mode", format!("0{mode:o}")),
-        ("uid", stat.uid.to_string()),
-        ("gid", stat.gid.to_string()),
-        ("atime", format!("@{seconds}")),
-        ("mtime", format!("@{seconds}")),
-        ("ctime", format!("@{seconds}")),
+        ("uid", i64::from(stat.uid)),
+        ("gid", i64::from(stat.gid)),
+        ("atime", seconds),
+        ("mtime", seconds),
+        ("ctime", seconds),
     ] {
-        // Writing to a String cannot fail.
-        let _ = writeln!(script, "set_inode_field / {field} {value}");
+        let at = if field.ends_with("time") { "@" } else { "" };
+        script.push_str(&format!("set_inode_field / {field} {at}{value}\n"));
     }
-    let path = scratch.join("root.debugfs");
+    Ok(script)
+}
+
+/// The command that sets an attribute to what is in the file `value`.
+fn set_attribute(one: &Unstaged, value: &Path) -> Result<String> {
+    let path = Path::new("/").join(&one.path);
+    let quoted = |text: &OsStr| {
+        let text = text.to_str().filter(|text| !text.contains(['\n', '\0']))?;
+        Some(format!("\"{}\"", text.replace('"', "\"\"")))
+    };
+    let words = [value.as_os_str(), path.as_os_str(), &one.xattr.0].map(quoted);
+    match words {
+        [Some(value), Some(path), Some(name)] => Ok(format!("ea_set -f {value} {path} {name}\n")),
+        _ => {
+            let name = one.xattr.0.display();
+            let reason = format!(
+                "has a name that debugfs cannot take, and its attribute {name} is too large for fakeroot; build as root"
+            );
+            Err(Error::Source { path: one.path.clone(), reason })
+        }
+    }
+}
+
+/// Runs commands of debugfs, of which each must be silent: it ends well whatever went wrong.
+fn debugfs(image: &File, script: &str, scratch: &Path, progress: &mut dyn Progress) -> Result<()> {
+    let path = scratch.join("script");
     std::fs::write(&path, script).at("write", &path)?;
     let mut command = e2fsprogs("debugfs");
     command.stdin(image.try_clone().at("open", Path::new("the image"))?);
     command.args(["-w", "-f"]).arg(&path).arg(IMAGE);
-    Running::start(&mut command, "e2fsprogs")?.wait(progress, |_| {})?;
-    Ok(())
+    let said = Running::start(&mut command, "e2fsprogs")?.wait(progress, |_| {})?;
+    let complaints: Vec<&str> = said.lines().filter(|line| !line.starts_with("debugfs ")).collect();
+    if complaints.is_empty() {
+        return Ok(());
+    }
+    let stderr = complaints.join("; ");
+    Err(Error::Tool { program: "debugfs".to_owned(), status: "it complained".to_owned(), stderr })
 }
 
 /// Whether mke2fs failed because the tree is larger than the filesystem.

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::meter::{Geometry, Room};
+use crate::tree::Unstaged;
 use crate::{Filesystem, Progress, Result};
 
 pub(crate) use mke2fs::{Mke2fs, is_full};
@@ -34,12 +35,14 @@ pub(crate) trait Builder {
         progress: &mut dyn Progress,
     ) -> Result<(Geometry, Room)>;
 
-    /// Makes the filesystem in `image`, which has its size and is empty, with the directory `tree` in it.
+    /// Makes the filesystem in `image`, which has its size and is empty, with the directory `tree` in it, and with the
+    /// attributes that could not be staged there.
     fn write(
         &self,
         format: &Format,
         image: &File,
         tree: &Path,
+        unstaged: &[Unstaged],
         scratch: &Path,
         progress: &mut dyn Progress,
     ) -> Result<()>;

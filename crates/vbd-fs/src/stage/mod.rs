@@ -96,7 +96,7 @@ impl<'a> Stage<'a> {
 
     fn run(&self, image: &File, archive: Option<File>, progress: &mut dyn Progress) -> Result<Done> {
         let mut warnings = Vec::new();
-        match &self.job.from {
+        let mut finished = match &self.job.from {
             From::Directory { path, exclude, skip, live } => {
                 let mut walk = self.walk(path, exclude, skip, *live)?;
                 let (room, total) = self.measure(&mut walk, progress)?;
@@ -104,13 +104,13 @@ impl<'a> Stage<'a> {
                     // Counted in full, for data may be zeros, which take no room.
                     let mut count = Tree::new(self.staging.open_tree()?, self.geometry, Room::default());
                     walk.run(&mut count, progress)?;
-                    self.check(count.finish()?.0, progress)?;
+                    self.check(count.finish()?.room, progress)?;
                 }
                 progress.step(Step::Read, Some(total.bytes));
                 let mut tree = self.tree()?;
                 walk.run(&mut tree, progress)?;
-                self.check(tree.finish()?.0, progress)?;
                 warnings = walk.warnings;
+                tree.finish()?
             }
             From::Archive(name) => {
                 let file =
@@ -119,16 +119,21 @@ impl<'a> Stage<'a> {
                 let mut reader = compress::open(Watched { file, cancel: progress.cancel() }, name)?;
                 let mut tree = self.tree()?;
                 tar::unpack(&mut reader, name, &mut tree, progress)?;
-                self.check(tree.finish()?.0, progress)?;
+                tree.finish()?
             }
-        }
+        };
+        self.check(finished.room, progress)?;
         progress.step(Step::Tailor, None);
         self.job.tailor.apply(&mut TreeRoot::new(self.staging.open_tree()?), self.job.format.filesystem)?;
         let (room, counts) = self.measure(&mut Walk::new(&self.staging.tree(), View::Library), progress)?;
+        // What tailoring removed has no attributes; each of the others has a block of its own.
+        let tree = self.staging.tree();
+        finished.unstaged.retain(|one| std::fs::symlink_metadata(tree.join(&one.path)).is_ok());
+        let room = Room { blocks: room.blocks + finished.unstaged.len() as u64, ..room };
         self.check(room, progress)?;
         progress.step(Step::Write, Some(counts.bytes));
-        let format = &self.job.format;
-        match self.builder.write(format, image, &self.staging.tree(), self.staging.path(), progress) {
+        let (format, scratch) = (&self.job.format, self.staging.path());
+        match self.builder.write(format, image, &tree, &finished.unstaged, scratch, progress) {
             Err(e) if is_full(&e) => Err(Error::NoRoom(self.shortage(room, progress))),
             other => other,
         }?;

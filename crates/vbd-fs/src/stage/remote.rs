@@ -104,7 +104,7 @@ pub(crate) fn run(
     drop(ours);
     let ended = running.wait(&mut Silent, |_| {});
     match heard {
-        Some(Ok(done)) => ended.map(|()| done),
+        Some(Ok(done)) => ended.map(|_| done),
         Some(Err(error)) => Err(error),
         None => {
             Err(ended.err().unwrap_or_else(|| Error::Stage("the process that builds ended early".to_owned())))

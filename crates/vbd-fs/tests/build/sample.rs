@@ -132,9 +132,8 @@ pub(crate) fn make(root: &Path) {
         chown(root, 7, 8);
     }
     set_xattr(&at("dir/one"), "user.note", b"a\0b\xff").unwrap();
-    // More than an inode holds; fakeroot keeps no more than 1 KiB.
-    let large = if super::setting::is_root() { 2000 } else { 500 };
-    set_xattr(&at("dir/deep/some"), "user.large", &noise(large)).unwrap();
+    // More than an inode holds, and than fakeroot does.
+    set_xattr(&at("dir/deep/some"), "user.large", &noise(2000)).unwrap();
     set_xattr(root, "user.root", b"yes").unwrap();
     let base = [(1, 7, u32::MAX), (2, 5, 4321), (4, 5, u32::MAX), (16, 5, u32::MAX), (32, 0, u32::MAX)];
     set_xattr(&at("dir/empty"), "system.posix_acl_access", &acl(&base)).unwrap();
