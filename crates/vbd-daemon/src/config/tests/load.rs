@@ -49,7 +49,7 @@ fn one_file_under_two_paths_is_found() {
     }
 }
 
-/// Times are not measured: work that grew with the square of these sizes would not end.
+/// No time is measured: work that grew with the square of these sizes would take minutes.
 #[test]
 fn hostile_sizes_are_read_in_one_pass() {
     let dir = tempfile::tempdir().unwrap();
