@@ -2,6 +2,7 @@
 //!
 //! The ring only says when the socket can be read or written; bytes are moved by plain calls that never wait. A turn
 //! reads as many requests as there are, hands them all to the disk, and sends all replies that are there at once.
+//! Nothing is polled: at depth 32 that gains nothing, and at depth 1 it takes the processor from the client.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use vbd_core::{Channel, IoVec, Operation, QueueCounters, Request, Result, Session, Sink};
-use vbd_ring::{Completion, FileHandle, Local, Op, OpId, Poller, TimerId};
+use vbd_ring::{Completion, FileHandle, Local, Op, OpId, TimerId};
 
 use crate::command::{Terms, export_info};
 use crate::control::{Control, Order};
@@ -86,7 +87,6 @@ pub(crate) struct Connection {
     polls: [Cell<Option<OpId>>; 2],
     running: Cell<bool>,
     scheduled: Cell<bool>,
-    spinning: Cell<bool>,
 }
 
 /// What opening a disk or looking at it has come to.
@@ -123,7 +123,6 @@ impl Connection {
             polls: Default::default(),
             running: Cell::new(false),
             scheduled: Cell::new(false),
-            spinning: Cell::new(false),
             server,
         });
         let deadline = local.now() + connection.server.handshake();
@@ -309,9 +308,6 @@ impl Connection {
     fn receive_requests(self: &Rc<Self>, state: &mut State) -> bool {
         let turn = self.turn_now();
         let Phase::Transmission(transmission) = &mut state.phase else { return false };
-        if !self.spinning.replace(true) {
-            self.local.activate(self.clone());
-        }
         // What waited for memory may have it now, whether or not more has come.
         let open = transmission.is_open(&turn, &mut state.outbox);
         let started = !transmission.ready.is_empty();
@@ -622,17 +618,5 @@ impl Sink for Connection {
         if !self.running.get() {
             self.schedule();
         }
-    }
-}
-
-impl Poller for Connection {
-    /// Sockets show in the ring: as long as this is active the reactor looks there instead of sleeping.
-    fn poll(self: Rc<Self>) -> bool {
-        false
-    }
-
-    fn arm(self: Rc<Self>) -> bool {
-        self.spinning.set(false);
-        false
     }
 }
