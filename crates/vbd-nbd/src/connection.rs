@@ -476,11 +476,13 @@ impl Connection {
         if !(state.deaf || cut_off || state.order == Order::Finish) {
             return false;
         }
+        if let Phase::Transmission(transmission) = &mut state.phase {
+            transmission.end(&mut state.outbox);
+        }
         let sent = cut_off || (state.outbox.is_empty() && !state.transport.has_pending());
         match &mut state.phase {
             Phase::Over => return true,
             Phase::Transmission(transmission) => {
-                transmission.end();
                 if !transmission.is_idle() {
                     return false;
                 }
@@ -492,6 +494,9 @@ impl Connection {
                     return false;
                 }
                 if !sent {
+                    if state.writable {
+                        self.schedule();
+                    }
                     return false;
                 }
             }

@@ -151,7 +151,7 @@ pub fn commands(data: &[u8]) {
             break;
         }
     }
-    transmission.end();
+    transmission.end(&mut outbox);
     assert!(transmission.is_idle(), "all that was taken is done");
     drop((transmission, outbox));
     assert_eq!(total.used(), 0, "all memory is given back");

@@ -115,10 +115,17 @@ impl Transmission {
         matches!(self.input, Input::Ended)
     }
 
-    /// Takes nothing more; what has come of a payload is dropped.
-    pub(crate) fn end(&mut self) {
-        if let Input::Fill { piece, .. } = std::mem::replace(&mut self.input, Input::Ended) {
-            self.pieces.take(piece);
+    /// Takes nothing more. What has come of a payload is dropped; what waits for memory is given up.
+    pub(crate) fn end(&mut self, out: &mut Outbox) {
+        match std::mem::replace(&mut self.input, Input::Ended) {
+            Input::Fill { piece, .. } => drop(self.pieces.take(piece)),
+            Input::Start(index) | Input::Stream(index) => {
+                let command = self.commands.get(index);
+                command.taken = command.len;
+                command.error.get_or_insert(NbdError::Shutdown);
+                self.finish_if_done(index, out);
+            }
+            Input::Header(_) | Input::Skip(..) | Input::Ended => {}
         }
     }
 
@@ -213,10 +220,10 @@ impl Transmission {
 
     fn header(&mut self, head: &[u8], turn: &Turn, out: &mut Outbox) {
         self.input = Input::Header(0);
-        let Some(header) = self.terms.headers.parse(head) else { return self.end() };
+        let Some(header) = self.terms.headers.parse(head) else { return self.end(out) };
         let about = self.about(&header);
         match self.terms.judge(&header) {
-            Verdict::Disconnect => self.end(),
+            Verdict::Disconnect => self.end(out),
             Verdict::Done if header.command == crate::protocol::command::READ => out.none(about),
             Verdict::Done => out.done(about),
             Verdict::Refuse(error) => out.error(about, error),
@@ -424,7 +431,7 @@ impl Transmission {
     pub(crate) fn flush_quietly(&mut self, turn: &Turn, out: &mut Outbox) {
         let command = self.commands.put(Command::quiet_flush(self.terms.headers));
         self.start(command, turn, out);
-        self.end();
+        self.end(out);
     }
 
     fn request(

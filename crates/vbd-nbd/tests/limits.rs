@@ -63,6 +63,37 @@ fn memory_is_bounded_by_not_reading_and_everybody_moves_on() {
 }
 
 #[test]
+fn what_waits_for_memory_when_the_server_stops_is_given_up() {
+    let served = serve(Options { memory_per_client: 2 << 20, ..Options::default() });
+    served.server.add_export("disk", Memory::new(32 << 20), options()).unwrap();
+    let mut client = served.connect();
+    client.go(Style::Structured, "disk").unwrap();
+    // As much as the socket holds, then two that have memory, then one that waits for it.
+    for _ in 0..64 {
+        client.request(0, 0, 0, 1 << 20, &[]);
+    }
+    until("memory in use", || served.server.status().memory == 1 << 20);
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| served.server.stop(Duration::from_secs(20)));
+        let mut errors = Vec::new();
+        loop {
+            let mut header = [0; 20];
+            if std::io::Read::read_exact(&mut client.stream, &mut header).is_err() {
+                break;
+            }
+            let kind = u16::from_be_bytes([header[6], header[7]]);
+            let len = u32::from_be_bytes([header[16], header[17], header[18], header[19]]);
+            let payload = client.bytes(len as usize);
+            if kind == (1 << 15) + 1 {
+                errors.push(u32::from_be_bytes([payload[0], payload[1], payload[2], payload[3]]));
+            }
+        }
+        assert_eq!(errors, [108], "the one that was taken, and none of those behind it");
+        assert_eq!(stop.join().unwrap(), 0, "nobody had to be cut off");
+    });
+}
+
+#[test]
 fn a_thousand_requests_whose_replies_nobody_reads_are_enough() {
     let served = serve(Options::default());
     served.server.add_export("disk", Memory::new(1 << 20), options()).unwrap();
