@@ -70,6 +70,16 @@ impl Tree {
         room.blocks > self.limit.blocks || room.inodes > self.limit.inodes
     }
 
+    /// Adds an attribute to an entry that is there.
+    pub(crate) fn add_xattr(&mut self, path: &Path, xattr: Xattr) -> Result<()> {
+        if let Some((_, xattrs)) = self.directories.get_mut(path) {
+            xattrs.push(xattr);
+            return Ok(());
+        }
+        let dir = self.parent(path, false)?;
+        sys::set_xattr(dir.as_fd(), name_of(path), &xattr).at("set the ACL of", path)
+    }
+
     /// Gives the directories their attributes.
     pub(crate) fn finish(mut self) -> Result<Finished> {
         if !self.over() {

@@ -19,7 +19,8 @@ use crate::meter::{Count, Geometry, Meter, Room};
 use crate::pattern::Patterns;
 use crate::staging::Staging;
 use crate::sys::{self, View};
-use crate::tailor::TreeRoot;
+use crate::tailor::{Root, TreeRoot};
+use crate::tar::NamedAcl;
 use crate::tree::Tree;
 use crate::walk::Walk;
 use crate::{Cancel, Counts, Error, Progress, Result, Shortage, Step, Tailor, compress, tar};
@@ -118,7 +119,8 @@ impl<'a> Stage<'a> {
                 progress.step(Step::Read, None);
                 let mut reader = compress::open(Watched { file, cancel: progress.cancel() }, name)?;
                 let mut tree = self.tree()?;
-                tar::unpack(&mut reader, name, &mut tree, progress)?;
+                let named = tar::unpack(&mut reader, name, &mut tree, progress)?;
+                self.name_acls(&named, name, &mut tree)?;
                 tree.finish()?
             }
         };
@@ -138,6 +140,24 @@ impl<'a> Stage<'a> {
             other => other,
         }?;
         Ok(Done { counts, warnings })
+    }
+
+    /// Sets ACLs for names, which only the tree can tell the numbers of.
+    fn name_acls(&self, named: &[NamedAcl], archive: &str, tree: &mut Tree) -> Result<()> {
+        if named.is_empty() || tree.over() {
+            return Ok(());
+        }
+        let root = TreeRoot::new(self.staging.open_tree()?);
+        let text = |path| -> Result<String> {
+            Ok(String::from_utf8_lossy(&root.read(path)?.unwrap_or_default()).into_owned())
+        };
+        let (passwd, group) = (text("/etc/passwd")?, text("/etc/group")?);
+        for acl in named {
+            if let Some(xattr) = acl.resolve(archive, &passwd, &group)? {
+                tree.add_xattr(&acl.path, xattr)?;
+            }
+        }
+        Ok(())
     }
 
     fn tree(&self) -> Result<Tree> {

@@ -202,7 +202,7 @@ impl<'a> Members<'a> {
         if path.as_os_str().is_empty() && !matches!(kind, Kind::Directory) {
             return Err(bad(&name, "is the root, but no directory"));
         }
-        Ok(Member { path, meta, xattrs: records.xattrs, kind })
+        Ok(Member { path, meta, xattrs: records.xattrs, named_acls: records.named_acls, kind })
     }
 
     /// A file's size and where its data belongs.

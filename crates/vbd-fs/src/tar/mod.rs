@@ -28,7 +28,32 @@ struct Member {
     path: PathBuf,
     meta: Meta,
     xattrs: Vec<Xattr>,
+    named_acls: Vec<(&'static str, String)>,
     kind: Kind,
+}
+
+/// An ACL for users and groups by their names, whose numbers are in the archive's own passwd(5) and group(5).
+pub(crate) struct NamedAcl {
+    pub(crate) path: PathBuf,
+    attribute: &'static str,
+    text: String,
+}
+
+impl NamedAcl {
+    /// The attribute, by the names in these files.
+    pub(crate) fn resolve(&self, archive: &str, passwd: &str, group: &str) -> Result<Option<Xattr>> {
+        let number = |who, name: &str| {
+            let text = if who == acl::Who::User { passwd } else { group };
+            let line = text.lines().find(|line| line.split(':').next() == Some(name))?;
+            line.split(':').nth(2)?.parse().ok()
+        };
+        let value = acl::binary(&self.text, pax::is_access(self.attribute), &number);
+        let value = value.map_err(|reason| {
+            let remedy = "pack it with --xattrs --xattrs-include='*' as well";
+            damaged(archive, &self.path, format!("{reason}; {remedy}"))
+        })?;
+        Ok(value.map(|value| (self.attribute.into(), value)))
+    }
 }
 
 enum Kind {
@@ -39,7 +64,8 @@ enum Kind {
     Device(Special, u32, u32),
 }
 
-/// Sends the entries of a tar to `sink`. Reads to the end of `reader`, past the archive's own.
+/// Sends the entries of a tar to `sink`, but for the ACLs that are returned. Reads to the end of `reader`, past the
+/// archive's own.
 ///
 /// # Errors
 ///
@@ -49,7 +75,8 @@ pub(crate) fn unpack(
     archive: &str,
     sink: &mut dyn Sink,
     progress: &mut dyn Progress,
-) -> Result<()> {
+) -> Result<Vec<NamedAcl>> {
+    let mut named: Vec<NamedAcl> = Vec::new();
     let mut members = Members::new(reader);
     loop {
         if progress.cancelled() {
@@ -57,10 +84,11 @@ pub(crate) fn unpack(
         }
         let member = match members.next() {
             Ok(Some(member)) => member,
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(named),
             Err(bad) => return Err(bad.named(archive)),
         };
-        let Member { path, meta, xattrs, kind } = member;
+        let Member { path, meta, xattrs, named_acls, kind } = member;
+        named.retain(|acl| acl.path != path);
         let mut data;
         let node = match &kind {
             Kind::Directory => Node::Directory,
@@ -83,6 +111,8 @@ pub(crate) fn unpack(
             }
             other => other,
         })?;
+        let acl = |(attribute, text)| NamedAcl { path: path.clone(), attribute, text };
+        named.extend(named_acls.into_iter().map(acl));
     }
 }
 

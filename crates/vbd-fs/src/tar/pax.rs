@@ -1,11 +1,20 @@
 //! The records of an extended header: `LENGTH KEY=VALUE\n`, again and again.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
 use super::acl;
 use super::content::Pieces;
 use crate::entry::{Time, Xattr};
+
+const ACCESS: &str = "system.posix_acl_access";
+const DEFAULT: &str = "system.posix_acl_default";
+
+/// Whether that attribute is the ACL of the entry itself, which the permission bits are a part of.
+pub(super) fn is_access(attribute: &str) -> bool {
+    attribute == ACCESS
+}
 
 /// What the records before a member say of it.
 #[derive(Default)]
@@ -19,6 +28,8 @@ pub(super) struct Records {
     pub(super) xattrs: Vec<Xattr>,
     /// ACLs as text, with the attribute that they are in the kernel.
     acls: Vec<(&'static str, Vec<u8>)>,
+    /// Those of them whose users and groups have names alone.
+    pub(super) named_acls: Vec<(&'static str, String)>,
     pub(super) sparse: Sparse,
 }
 
@@ -54,8 +65,8 @@ impl Records {
             b"uid" => self.uid = Some(number(value)?),
             b"gid" => self.gid = Some(number(value)?),
             b"mtime" => self.mtime = Some(time(value)?),
-            b"SCHILY.acl.access" => self.acls.push(("system.posix_acl_access", value.to_vec())),
-            b"SCHILY.acl.default" => self.acls.push(("system.posix_acl_default", value.to_vec())),
+            b"SCHILY.acl.access" => self.acls.push((ACCESS, value.to_vec())),
+            b"SCHILY.acl.default" => self.acls.push((DEFAULT, value.to_vec())),
             b"RHT.security.selinux" => self.xattr(b"security.selinux", value.to_vec())?,
             b"GNU.sparse.major" => self.sparse.major = Some(number(value)?),
             b"GNU.sparse.minor" if number(value)? > 1 => {
@@ -90,13 +101,20 @@ impl Records {
     }
 
     /// Where the attributes have the same ACL in the kernel's form, that one stays: it needs no names.
-    fn acl(&mut self, name: &str, text: &[u8]) -> Result<(), String> {
-        if self.xattrs.iter().any(|(n, _)| n == name) {
+    fn acl(&mut self, attribute: &'static str, text: &[u8]) -> Result<(), String> {
+        if self.xattrs.iter().any(|(name, _)| name == attribute) {
             return Ok(());
         }
         let text = std::str::from_utf8(text).map_err(|_| "has an ACL that is no text")?;
-        if let Some(value) = acl::binary(text, name.ends_with("access"))? {
-            self.xattr(name.as_bytes(), value)?;
+        let named = Cell::new(false);
+        let later = |_, _: &str| {
+            named.set(true);
+            Some(0)
+        };
+        match acl::binary(text, is_access(attribute), &later)? {
+            Some(_) if named.get() => self.named_acls.push((attribute, text.to_owned())),
+            Some(value) => self.xattr(attribute.as_bytes(), value)?,
+            None => {}
         }
         Ok(())
     }
@@ -201,9 +219,11 @@ mod tests {
         let record = |text: &str| format!("{} {text}\n", text.len() + 4);
         let text = record("SCHILY.acl.access=user::rw-,user:somebody:r--,group::r--,mask::r--,other::r--");
         let binary = record("SCHILY.xattr.system.posix_acl_access=binary");
-        assert!(Records::parse(text.as_bytes()).is_err_and(|e| e.contains("somebody")));
+        let records = Records::parse(text.as_bytes()).unwrap();
+        assert!(records.xattrs.is_empty() && records.named_acls[0].1.contains("somebody"));
         for both in [format!("{text}{binary}"), format!("{binary}{text}")] {
             let records = Records::parse(both.as_bytes()).unwrap();
+            assert!(records.named_acls.is_empty());
             assert_eq!(records.xattrs, [("system.posix_acl_access".into(), b"binary".to_vec())]);
         }
     }

@@ -147,6 +147,39 @@ fn all_sparse_formats_and_the_gnu_format_are_read() {
     }
 }
 
+/// GNU tar writes the names that the packing machine has for an ACL's users; the archive's own files say who they are.
+#[test]
+fn acls_for_names_are_the_archives_own_users() {
+    let scratch = Scratch::new();
+    let (tree, archive, file) = (scratch.path("tree"), scratch.path("a.tar"), scratch.path("disk"));
+    std::fs::create_dir_all(tree.join("bin/inner")).unwrap();
+    std::fs::create_dir(tree.join("etc")).unwrap();
+    let host = std::fs::read_to_string("/etc/passwd").unwrap();
+    let daemon = host.lines().find(|line| line.starts_with("daemon:")).unwrap().split(':').nth(2).unwrap();
+    let daemon = daemon.parse().unwrap();
+    let acl = |id| {
+        sample::acl(&[(1, 7, u32::MAX), (2, 5, id), (4, 5, u32::MAX), (16, 5, u32::MAX), (32, 0, u32::MAX)])
+    };
+    let names = ["system.posix_acl_access", "system.posix_acl_default"];
+    sample::set_xattr(&tree.join("bin/inner"), names[1], &acl(daemon)).unwrap();
+    std::fs::write(tree.join("bin/tool"), b"x").unwrap();
+    sample::set_xattr(&tree.join("bin/tool"), names[0], &acl(daemon)).unwrap();
+    let pack = || {
+        let mut tar = Command::new("tar");
+        tar.args(["--format=pax", "--acls", "-cf"]).arg(&archive).arg("-C").arg(&tree).arg(".");
+        assert!(tar.status().unwrap().success());
+    };
+    pack();
+    let error = build(&file, &options(16 * MIB, &archive)).unwrap_err().to_string();
+    assert!(error.contains("has an ACL for \"daemon\", who is not known in the archive"), "{error}");
+    std::fs::write(tree.join("etc/passwd"), b"root:x:0:0::/:/bin/sh\ndaemon:x:777:777::/:/bin/sh\n").unwrap();
+    pack();
+    build(&file, &options(16 * MIB, &archive)).unwrap();
+    image::check(&file);
+    assert_eq!(image::entry(&file, "/bin/tool").xattrs[names[0]], acl(777));
+    assert_eq!(image::entry(&file, "/bin/inner").xattrs[names[1]], acl(777));
+}
+
 #[test]
 fn what_is_mounted_in_a_tree_and_the_image_in_it_are_left_out() {
     setting::with_own_mounts("compare::what_is_mounted_in_a_tree_and_the_image_in_it_are_left_out", || {

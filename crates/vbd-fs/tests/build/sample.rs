@@ -63,7 +63,8 @@ fn chown(path: &Path, uid: u32, gid: u32) {
     std::os::unix::fs::lchown(path, Some(uid), Some(gid)).unwrap();
 }
 
-fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+/// An ACL in the kernel's form: tag, permissions and number of each entry.
+pub(crate) fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut value = 2u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
         value.extend_from_slice(&tag.to_le_bytes());
