@@ -373,7 +373,7 @@ impl Drop for Device {
 /// A descriptor for a queue's events.
 fn event(file: Option<File>) -> Result<Option<Arc<OwnedFd>>> {
     let Some(fd) = file.map(OwnedFd::from) else { return Ok(None) };
-    notify::no_waiting(&fd).map_err(Error::ReqHandlerError)?;
+    notify::check(&fd).map_err(Error::ReqHandlerError)?;
     Ok(Some(Arc::new(fd)))
 }
 
@@ -487,10 +487,9 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let Some(file) = fd else {
+        let Some(fd) = event(fd)? else {
             return Err(self.fail("a queue without kicks would have to be polled for ever"));
         };
-        let fd = Arc::new(OwnedFd::from(file));
         let vring = self.vring(index.into())?;
         vring.kick = Some(fd.clone());
         match &vring.running {

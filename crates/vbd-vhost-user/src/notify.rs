@@ -21,16 +21,27 @@ unsafe impl Sync for Signal {}
 static ONE: u64 = 1;
 static SIGNAL: Signal = Signal(IoVec { iov_base: (&raw const ONE).cast_mut().cast(), iov_len: 8 });
 
-/// Makes an eventfd from the front-end safe to write to: a full one must not hold up the thread.
-pub(crate) fn no_waiting(fd: &OwnedFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(fd)?;
-    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
+/// The filesystem of eventfds, among others.
+const ANON_INODE_FS_MAGIC: i64 = 0x0904_1934;
+
+/// Refuses a descriptor from the front-end that is no eventfd: to poll one on FUSE, or an epoll that holds one, can
+/// take for ever.
+///
+/// # Errors
+/// It is something else.
+pub(crate) fn check(fd: &OwnedFd) -> io::Result<()> {
+    let is_eventfd = match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(link) => link.as_os_str() == "anon_inode:[eventfd]",
+        // No /proc here: as good as can be said without.
+        Err(_) => rustix::fs::fstatfs(fd)?.f_type == ANON_INODE_FS_MAGIC,
+    };
+    is_eventfd.then_some(()).ok_or_else(|| io::Error::other("this is no eventfd"))
 }
 
-/// Signals an eventfd by a plain write.
-pub(crate) fn signal(fd: impl AsFd) {
-    // What can go wrong is a full counter, which is as good as one more.
-    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+/// Makes an eventfd from the front-end safe to write to: a full one must not hold up the thread.
+fn no_waiting(fd: &OwnedFd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 /// Empties an eventfd. False if it is none.
@@ -43,7 +54,7 @@ pub(crate) fn drain(fd: impl AsFd) -> bool {
     result == 8 || io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock
 }
 
-/// Interrupts the driver.
+/// Signals an eventfd of the front-end: an interrupt, or that a queue is broken.
 pub(crate) struct Call {
     file: FileHandle,
     pending: Rc<Pending>,
@@ -59,14 +70,21 @@ impl Completion for Pending {
 }
 
 impl Call {
+    /// For an eventfd that was [checked](check).
     pub(crate) fn new(local: &Local, fd: Arc<OwnedFd>) -> Self {
+        // Without this a write that has to wait goes to a thread of the kernel, which is slow.
+        let _ = no_waiting(&fd);
         Call { file: local.file(fd), pending: Rc::default() }
     }
 
-    /// Sends an interrupt with the reactor's next batch, which costs no system call of its own and cannot block.
+    /// Sends a signal with the reactor's next batch, which costs no system call of its own and cannot block.
     pub(crate) fn send(&self, local: &Local) {
         if !local.is_uring() {
-            return signal(&self.file);
+            // The front-end shares the descriptor's flags, and may have changed them.
+            let _ = no_waiting(&self.file.descriptor());
+            // What can go wrong is a full counter, which is as good as one more.
+            let _ = rustix::io::write(&self.file, &1u64.to_ne_bytes());
+            return;
         }
         let pending = self.pending.0.get();
         if pending >= MOST_PENDING {

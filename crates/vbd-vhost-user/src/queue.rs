@@ -159,7 +159,7 @@ struct Core {
     tracker: Option<Tracker>,
     logging: Option<Logging>,
     call: Option<Call>,
-    error: Option<Arc<OwnedFd>>,
+    error: Option<Call>,
     kick: Option<Rc<Kick>>,
     waiting: Option<OpId>,
     paused: bool,
@@ -221,7 +221,7 @@ impl Queue {
                 tracker,
                 logging: setup.log,
                 call: None,
-                error: setup.error,
+                error: setup.error.map(|fd| Call::new(local, fd)),
                 kick: None,
                 waiting: None,
                 paused: false,
@@ -250,7 +250,7 @@ impl Queue {
 
     /// Uses another eventfd for errors.
     pub(crate) fn set_error(&self, fd: Option<Arc<OwnedFd>>) {
-        self.core.borrow_mut().error = fd;
+        self.core.borrow_mut().error = fd.map(|fd| Call::new(&self.local, fd));
     }
 
     /// Uses another eventfd for kicks.
@@ -332,8 +332,8 @@ impl Queue {
     fn break_down(&self, core: &mut Core, reason: &dyn std::fmt::Display) {
         if !std::mem::replace(&mut core.broken, true) {
             self.server.complain(&format!("queue {} is given up: {reason}", self.number));
-            if let Some(fd) = &core.error {
-                notify::signal(fd);
+            if let Some(error) = &core.error {
+                error.send(&self.local);
             }
         }
     }

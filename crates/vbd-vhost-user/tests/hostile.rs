@@ -300,3 +300,32 @@ fn a_ring_cannot_move_while_it_runs() {
         assert!(!m.frontend.is_alive());
     }
 }
+
+#[test]
+fn an_interrupt_that_cannot_be_delivered_holds_up_nobody() {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    let bench = Bench::new();
+    let bad = Machine::start(&bench.path, 0);
+    assert_eq!(bad.round(OUT, 0, 512), 0);
+    // Full, and a write to it would wait.
+    let _ = rustix::io::read(&bad.queue.call, &mut [0; 8]);
+    rustix::io::write(&bad.queue.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let flags = fcntl_getfl(&bad.queue.call).unwrap();
+    fcntl_setfl(&bad.queue.call, flags - OFlags::NONBLOCK).unwrap();
+    let count = || bad.queue.used_index(&bad.guest);
+    let before = count();
+    for _ in 0..5 {
+        let served = count();
+        bad.queue.request(&bad.guest, 0, OUT, 0, bad.queue.data(), 512);
+        bad.queue.kick();
+        common::eventually("the request is served", || count() != served);
+    }
+    assert_eq!(count(), before + 5);
+    // On every reactor, so on the same one too.
+    for name in ["first", "second", "third"] {
+        let _server = bench.serve(name, MemDisk::new(1 << 20), options());
+        let good = Machine::start(&bench.dir.path().join(name), EVENT_INDEX);
+        assert_eq!(good.round(OUT, 0, 512), 0);
+    }
+    rustix::io::read(&bad.queue.call, &mut [0; 8]).unwrap();
+}
