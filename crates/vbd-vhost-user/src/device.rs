@@ -30,8 +30,9 @@ use crate::sigbus::Owner;
 
 /// After waiting requests were cancelled, how long they may take to come back.
 const CANCELLED_WITHIN: Duration = Duration::from_secs(1);
-/// How often opening the disk is tried again.
-const OPEN_AGAIN: Duration = Duration::from_millis(500);
+/// How often opening the disk is tried again, at first and later on.
+const OPEN_SOON: Duration = Duration::from_millis(500);
+const OPEN_LATER: Duration = Duration::from_secs(5);
 
 /// A virtqueue as the front-end has described it so far.
 #[derive(Default)]
@@ -57,7 +58,8 @@ impl Vring {
 /// Waiting for the disk to be free.
 #[derive(Clone, Copy)]
 struct Opening {
-    until: Instant,
+    /// Until then it is tried often.
+    soon: Instant,
     next: Instant,
 }
 
@@ -226,14 +228,14 @@ impl Device {
             }
             Err(error) => {
                 let now = Instant::now();
-                let until = self.opening.map_or(now + self.shared.options().open_within, |o| o.until);
+                let soon = self.opening.map_or(now + self.shared.options().open_within, |o| o.soon);
                 let message = format!("the disk cannot be opened: {error}");
-                if self.opening.is_none() || now >= until {
+                if self.opening.is_none() {
                     self.shared.complain(&message);
                 }
                 self.shared.set_error(Some(message));
-                // With the bound over, the next message of the front-end that starts a queue tries again.
-                self.opening = (now < until).then(|| Opening { until, next: now + OPEN_AGAIN });
+                let pause = if now < soon { OPEN_SOON } else { OPEN_LATER };
+                self.opening = Some(Opening { soon, next: now + pause });
                 None
             }
         }

@@ -48,7 +48,8 @@ pub struct Options {
     pub serial: String,
     /// How long requests in flight may take when a queue stops.
     pub drain: Duration,
-    /// How long to go on trying to open a disk that cannot be opened when its device starts.
+    /// A disk that cannot be opened when its device starts is tried again every half second for this long, and every
+    /// five seconds after that.
     pub open_within: Duration,
 }
 
