@@ -124,8 +124,8 @@ pub(crate) fn prepare(socket: &OwnedFd) -> String {
         let _ = sockopt::set_socket_keepalive(socket, true);
         return peer.to_string();
     }
-    // As much as the host allows: less going back and forth with long replies.
-    let _ = sockopt::set_socket_send_buffer_size(socket, 4 << 20);
+    // Less going back and forth with long replies.
+    let _ = sockopt::set_socket_send_buffer_size(socket, 1 << 20);
     match sockopt::socket_peercred(socket) {
         Ok(peer) => format!("process {} of user {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
         Err(_) => "unknown".to_owned(),
