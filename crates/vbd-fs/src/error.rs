@@ -23,12 +23,12 @@ pub enum Error {
     #[error(transparent)]
     Image(#[from] CreateError),
     /// A call to the system failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {error}")]
     Io {
         /// What was being done, to what.
         what: String,
         /// The system's answer.
-        source: io::Error,
+        error: io::Error,
     },
     /// A part of the source cannot be read, or changed under the reader.
     #[error("{}: {reason}", .path.display())]
@@ -87,8 +87,8 @@ pub enum Error {
 
 impl Error {
     /// An error of a call, with what was being done.
-    pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Error {
-        Error::Io { what: what.into(), source }
+    pub(crate) fn io(what: impl Into<String>, error: io::Error) -> Error {
+        Error::Io { what: what.into(), error }
     }
 
     /// An error about one change of a tailoring.

@@ -7,6 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
+use vbd_image::size::Human;
+
 use super::{Builder, Format, Superblock};
 use crate::error::Context;
 use crate::meter::{Geometry, Room};
@@ -45,6 +47,20 @@ fn mke2fs(format: &Format, image: &File) -> Result<Command> {
     Ok(command)
 }
 
+/// Runs a program of e2fsprogs; its complaints say "the image" rather than how it got at it.
+fn run(
+    command: &mut Command,
+    progress: &mut dyn Progress,
+    tick: impl FnMut(&mut dyn Progress),
+) -> Result<String> {
+    Running::start(command, "e2fsprogs")?.wait(progress, tick).map_err(|e| match e {
+        Error::Tool { program, status, stderr } => {
+            Error::Tool { program, status, stderr: stderr.replace(IMAGE, "the image") }
+        }
+        other => other,
+    })
+}
+
 impl Builder for Mke2fs {
     fn capacity(
         &self,
@@ -57,7 +73,12 @@ impl Builder for Mke2fs {
         image.set_len(size).at("make a file as large as the image in", scratch)?;
         let mut command = mke2fs(format, &image)?;
         command.arg(IMAGE);
-        Running::start(&mut command, "e2fsprogs")?.wait(progress, |_| {})?;
+        run(&mut command, progress, |_| {}).map_err(|e| match e {
+            Error::Tool { stderr, .. } if stderr.contains("Not enough space") => {
+                Error::Invalid(format!("{} are too few for {}", Human(size), format.filesystem))
+            }
+            other => other,
+        })?;
         let superblock = Superblock::read(&image).at("read the filesystem made in", scratch)?;
         Ok((superblock.geometry(), superblock.free))
     }
@@ -74,7 +95,7 @@ impl Builder for Mke2fs {
         let mut command = mke2fs(format, image)?;
         command.arg("-d").arg(tree).arg(IMAGE);
         let mut seen = 0;
-        Running::start(&mut command, "e2fsprogs")?.wait(progress, |progress| {
+        run(&mut command, progress, |progress| {
             let now = image.metadata().map_or(0, |m| m.blocks() * 512);
             progress.advance(now.saturating_sub(seen));
             seen = seen.max(now);
@@ -137,7 +158,7 @@ fn debugfs(image: &File, script: &str, scratch: &Path, progress: &mut dyn Progre
     let mut command = e2fsprogs("debugfs");
     command.stdin(image.try_clone().at("open", Path::new("the image"))?);
     command.args(["-w", "-f"]).arg(&path).arg(IMAGE);
-    let said = Running::start(&mut command, "e2fsprogs")?.wait(progress, |_| {})?;
+    let said = run(&mut command, progress, |_| {})?;
     let complaints: Vec<&str> = said.lines().filter(|line| !line.starts_with("debugfs ")).collect();
     if complaints.is_empty() {
         return Ok(());

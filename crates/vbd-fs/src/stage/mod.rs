@@ -68,9 +68,9 @@ pub(crate) fn run(
 ) -> Result<Done> {
     let done = Stage::new(job, progress).and_then(|stage| stage.run(image, archive, progress));
     let done = done.map_err(|e| match e {
-        Error::Io { what, source } if source.kind() == io::ErrorKind::StorageFull => {
+        Error::Io { what, error } if error.kind() == io::ErrorKind::StorageFull => {
             let scratch = job.scratch.display();
-            Error::Io { what: format!("{what} (gathered in {scratch}; TMPDIR names another place)"), source }
+            Error::Io { what: format!("{what} (gathered in {scratch}; TMPDIR names another place)"), error }
         }
         other => other,
     });

@@ -106,8 +106,8 @@ pub(crate) fn unpack(
         }
         added.map_err(|e| match e {
             Error::Source { reason, .. } => damaged(archive, &path, reason),
-            Error::Io { source, .. } if is_about_the_entry(&source) => {
-                damaged(archive, &path, format!("cannot be made: {source}"))
+            Error::Io { error, .. } if is_about_the_entry(&error) => {
+                damaged(archive, &path, format!("cannot be made: {error}"))
             }
             other => other,
         })?;

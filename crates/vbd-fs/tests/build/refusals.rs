@@ -183,7 +183,7 @@ fn sources_that_are_not_there_or_make_no_sense() {
         (|o| o.tailor.hostname = Some("a b".to_owned()), "is no host's name"),
         (|o| o.tailor.serial_console = Some("../x".to_owned()), "is no console's name"),
         (|o| o.spec.from = "-".parse().unwrap(), "it is empty"),
-        (|o| o.size = 10_000, "mke2fs"),
+        (|o| o.size = 10_240, "10 KiB are too few for ext4"),
     ];
     for (change, expected) in cases {
         let mut options = options(16 * MIB, &tree);
@@ -191,6 +191,8 @@ fn sources_that_are_not_there_or_make_no_sense() {
         let error = build(&disk, &options).unwrap_err().to_string();
         assert!(error.contains(expected), "{error:?} lacks {expected:?}");
     }
+    let huge = build(&disk, &options(u64::MAX >> 1, &tree)).unwrap_err().to_string();
+    assert!(huge.contains("File too large") || huge.contains("mke2fs"), "{huge}");
     assert_eq!(scratch.names(), ["tree"]);
     let nowhere = build(&scratch.path("no/such/disk"), &options(16 * MIB, &tree)).unwrap_err();
     assert!(nowhere.to_string().contains("no/such"), "{nowhere}");
