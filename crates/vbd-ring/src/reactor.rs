@@ -285,6 +285,12 @@ impl Local {
         id
     }
 
+    /// Hands what was submitted to the kernel at once, so that storage works while more is prepared. Without this it
+    /// goes with the next sleep, in one call.
+    pub fn flush(&self) {
+        self.0.engine.borrow_mut().flush();
+    }
+
     /// Asks the kernel to give an operation up. Its result comes all the same: -ECANCELED, or what it was.
     pub fn cancel(&self, id: OpId) {
         self.0.engine.borrow_mut().cancel(id);

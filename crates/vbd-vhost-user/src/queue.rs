@@ -63,6 +63,9 @@ pub(crate) struct Logging {
     pub(crate) used: Option<u64>,
 }
 
+/// After so many requests the storage gets what there is, so that it need not wait for the rest of a large batch.
+const AT_ONCE: u16 = 8;
+
 thread_local! {
     /// The queues of this reactor, by number.
     static QUEUES: RefCell<HashMap<u64, Rc<Queue>>> = RefCell::default();
@@ -343,7 +346,10 @@ impl Queue {
         let Some(channel) = self.channel.borrow().clone() else { return false };
         let mut worked = false;
         let most = self.core.borrow().intake.ring().size();
-        for _ in 0..most {
+        for taken in 0..most {
+            if taken % AT_ONCE == AT_ONCE - 1 {
+                self.local.flush();
+            }
             let step = self.next(&mut self.core.borrow_mut());
             match step {
                 Step::Nothing => break,
