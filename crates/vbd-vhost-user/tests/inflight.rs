@@ -128,6 +128,8 @@ fn a_process_is_killed_and_the_next_does_the_rest_once() {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_process_to_kill", "--ignored"])
         .env("VBD_TEST_SOCKET", &path)
+        // What it leaves goes with this directory.
+        .env("TMPDIR", dir.path())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()

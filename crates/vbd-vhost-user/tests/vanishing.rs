@@ -57,3 +57,40 @@ fn under_a_request() {
         eventually("the flush is under way", || asked() > before);
     });
 }
+
+/// The body of a process that touches memory of its own which is not there.
+#[test]
+#[ignore = "run by the next test, in a process of its own"]
+fn a_process_with_a_fault_of_its_own() {
+    let bench = Bench::new();
+    let machine = Machine::start(&bench.path, EVENT_INDEX);
+    let foreign = common::frontend::Guest::new(0, 4096);
+    rustix::fs::ftruncate(&foreign.file, 0).unwrap();
+    assert_eq!(machine.round(OUT, 0, 512), 0);
+    if std::env::var_os("VBD_TEST_FAULT").is_some() {
+        // Without a picture of it.
+        let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+        rustix::process::setrlimit(rustix::process::Resource::Core, none).unwrap();
+        foreign.u8(0).load(SeqCst);
+    }
+}
+
+#[test]
+fn a_fault_that_is_nobodys_ends_the_process_as_ever() {
+    use std::os::unix::process::ExitStatusExt;
+    // What a process leaves that could not clean up.
+    let dir = tempfile::tempdir().unwrap();
+    let run = |fault: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", "a_process_with_a_fault_of_its_own", "--ignored"])
+            .env_remove("VBD_TEST_FAULT");
+        if !fault.is_empty() {
+            command.env("VBD_TEST_FAULT", fault);
+        }
+        command.output().unwrap().status
+    };
+    assert!(run("").success());
+    // SIGBUS
+    assert_eq!(run("yes").signal(), Some(7));
+}
