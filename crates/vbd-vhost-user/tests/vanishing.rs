@@ -84,6 +84,7 @@ fn a_fault_that_is_nobodys_ends_the_process_as_ever() {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
         command
             .args(["--exact", "a_process_with_a_fault_of_its_own", "--ignored"])
+            .env("TMPDIR", dir.path())
             .env_remove("VBD_TEST_FAULT");
         if !fault.is_empty() {
             command.env("VBD_TEST_FAULT", fault);
