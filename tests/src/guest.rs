@@ -128,7 +128,7 @@ impl Machine {
         let initrd = unused(scratch, "initrd")?;
         fs::write(&initrd, initramfs)?;
         let mut qemu = command("qemu-system-x86_64");
-        // Several emulating threads trip over an assertion in QEMU 10 (`iotlb_to_section`), once in a dozen boots.
+        // Several emulating threads trip over an assertion in QEMU 10 (`iotlb_to_section`) now and then.
         qemu.args(["-accel", "tcg,thread=single", "-machine", "q35,memory-backend=memory,hpet=off"])
             .args(["-cpu", "max", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory)])
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory)])
