@@ -65,6 +65,9 @@ pub(crate) struct Logging {
 
 /// After so many requests the storage gets what there is, so that it need not wait for the rest of a large batch.
 const AT_ONCE: u16 = 8;
+/// After so many requests the driver is shown which of them are done already, so that it works on its next ones
+/// meanwhile instead of afterwards. A multiple of [`AT_ONCE`].
+const SHOW_AFTER: u16 = 16;
 
 thread_local! {
     /// The queues of this reactor, by number.
@@ -348,6 +351,9 @@ impl Queue {
         let most = self.core.borrow().intake.ring().size();
         for taken in 0..most {
             if taken % AT_ONCE == AT_ONCE - 1 {
+                if taken % SHOW_AFTER == SHOW_AFTER - 1 {
+                    self.publish();
+                }
                 self.local.flush();
             }
             let step = self.next(&mut self.core.borrow_mut());
