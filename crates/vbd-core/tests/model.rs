@@ -323,6 +323,16 @@ fn requests_beyond_the_limits_of_one_call_are_split() {
 }
 
 #[test]
+fn a_long_request_in_memory_is_cut_so_that_others_have_their_turn() {
+    let dir = in_memory();
+    let backend = file(dir.path(), 16 << 20, Options::default());
+    let client = Client::on_file(EngineKind::Auto, &backend);
+    let data: Vec<u8> = (0..11u32 << 20).map(|at| u8::try_from(at / 512 % 253).expect("small")).collect();
+    client.write(1 << 20, data.clone());
+    assert!(client.read(1 << 20, 11 << 20) == data);
+}
+
+#[test]
 fn a_request_beyond_2_gib_is_split() {
     struct Done(std::sync::mpsc::Sender<(Option<String>, Vec<u8>)>);
     impl vbd_core::Sink for Done {

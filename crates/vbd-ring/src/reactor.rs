@@ -125,6 +125,19 @@ impl Handle {
     }
 }
 
+/// A reactor that has panicked leaves queues that nobody serves and says nothing. A process that ends is noticed, and
+/// what was in flight is repeated when it is back.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("vbd: a reactor has panicked; ending the process");
+            std::process::abort();
+        }
+    }
+}
+
 /// A reactor's thread. Dropping it stops and joins the thread.
 pub struct Reactor {
     handle: Handle,
@@ -153,6 +166,7 @@ impl Reactor {
             match Local::new(settings, inside.clone()) {
                 Ok(local) => {
                     let _ = sender.send(Ok(()));
+                    let _watch = AbortOnPanic;
                     local.run();
                 }
                 Err(error) => {

@@ -16,7 +16,9 @@ use crate::{Channel, Error, ErrorKind, Guard, Operation, Request, Result};
 /// The most pieces of memory in one call (UIO_MAXIOV).
 pub(super) const MOST_PIECES: usize = 1024;
 /// The most bytes in one call; the kernel's own limit is just below 2 GiB.
-pub(super) const MOST_BYTES: u64 = 1 << 30;
+const MOST_BYTES: u64 = 1 << 30;
+/// The same for a file in memory, which is copied on the reactor's own thread while its other queues wait.
+const MOST_BYTES_IN_MEMORY: u64 = 4 << 20;
 
 /// A queue's way to a file.
 pub struct FileChannel {
@@ -25,7 +27,8 @@ pub struct FileChannel {
     pub(super) data: FileHandle,
     pub(super) buffered: FileHandle,
     slots: RefCell<Slots>,
-    _owner: Guard,
+    /// Holds the lease: for as long as anything is in the kernel.
+    pub(super) owner: Guard,
 }
 
 /// Requests in the kernel on the fast path; the slot's number is the operation's token.
@@ -72,7 +75,7 @@ impl FileChannel {
             data,
             buffered,
             slots: RefCell::default(),
-            _owner: owner,
+            owner,
         })
     }
 
@@ -105,12 +108,17 @@ impl FileChannel {
         let (backend, memory) = (&*self.backend, &request.memory);
         let alignment = backend.alignment;
         let fits = alignment.fits(request.offset, request.len)
-            && request.len <= MOST_BYTES
+            && request.len <= self.most_bytes()
             && request.len > 0
             && request.offset + request.len <= backend.tail.load(Ordering::Acquire)
             && memory.len() <= MOST_PIECES
             && memory.iter().all(|piece| alignment.fits_memory(piece));
         fits.then(|| self.op(request, memory, request.offset))
+    }
+
+    /// The most bytes of one operation.
+    pub(super) fn most_bytes(&self) -> u64 {
+        if self.backend.in_memory { MOST_BYTES_IN_MEMORY } else { MOST_BYTES }
     }
 
     /// A read or write of these pieces as the request asks for it.

@@ -134,7 +134,7 @@ impl FileChannel {
         match fault {
             Some(super::Fault::Fail(errno)) => -errno,
             // SAFETY: the operation names no memory.
-            _ => unsafe { self.local.perform(&self.data, &op, ()) }.await.0,
+            _ => unsafe { self.local.perform(&self.data, &op, self.owner.clone()) }.await.0,
         }
     }
 

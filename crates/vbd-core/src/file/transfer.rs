@@ -8,7 +8,7 @@ use std::time::Duration;
 use vbd_ring::{FileHandle, IoVec, Op};
 
 use super::buffer::{Buffer, copy, slice};
-use super::channel::{FileChannel, MOST_BYTES, MOST_PIECES, complete, faulty};
+use super::channel::{FileChannel, MOST_PIECES, complete, faulty};
 use crate::range_lock::RangeGuard;
 use crate::{Error, ErrorKind, Guard, Operation, Request, Result, SECTOR};
 
@@ -122,7 +122,7 @@ impl FileChannel {
         let whole = (limit - position) / alignment.offset * alignment.offset;
         if position % alignment.offset == 0 && whole > 0 {
             let (pieces, covered) =
-                slice(&transfer.memory, bytes(done), bytes(whole.min(MOST_BYTES)), MOST_PIECES);
+                slice(&transfer.memory, bytes(done), bytes(whole.min(self.most_bytes())), MOST_PIECES);
             if pieces.iter().all(|piece| alignment.fits_memory(piece)) {
                 let keep = (pieces, transfer.guard.clone(), None);
                 let result = self.io(&self.data, transfer.write, position, transfer.durable, keep).await?;
@@ -192,7 +192,7 @@ impl FileChannel {
     /// page is left that a direct write beside it could collide with.
     async fn tail_step(&self, transfer: &Transfer, done: u64) -> Result<u64, i32> {
         let position = transfer.offset + done;
-        let left = (transfer.len - done).min(MOST_BYTES);
+        let left = (transfer.len - done).min(self.most_bytes());
         let (pieces, covered) = slice(&transfer.memory, bytes(done), bytes(left), MOST_PIECES);
         let keep = (pieces, transfer.guard.clone(), None);
         let result = self.io(&self.buffered, transfer.write, position, true, keep).await?;
@@ -224,7 +224,7 @@ impl FileChannel {
             // SAFETY: `keep` owns the pieces and what keeps them valid.
             Some(fault) => unsafe { faulty(file, &op, &keep.0, fault) },
             // SAFETY: as above.
-            None => unsafe { self.local.perform(file, &op, keep) }.await.0,
+            None => unsafe { self.local.perform(file, &op, (keep, self.owner.clone())) }.await.0,
         };
         u64::try_from(result).map_err(|_| -result)
     }
