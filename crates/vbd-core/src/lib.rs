@@ -24,6 +24,7 @@ mod statistics;
 
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
+pub use range_lock::{Locking, RangeGuard, RangeLocks};
 pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
 pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
 

@@ -1,7 +1,7 @@
 //! Ranges that exclude each other, across the reactors of one disk.
 //!
-//! Only storage that wants larger blocks than a sector needs them: a read-modify-write of a block excludes every
-//! overlapping write, zeroes and discard. First come, first served: a request that would have to pass an earlier
+//! Whoever reads, modifies and writes a block excludes every overlapping write, zeroes and discard: on storage that wants
+//! larger blocks than a sector, and in a front-end that takes parts of sectors. First come, first served: a request that would have to pass an earlier
 //! waiter waits too, so nobody starves.
 
 use std::collections::VecDeque;
@@ -11,8 +11,9 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+/// The ranges, in bytes, that somebody has taken.
 #[derive(Default)]
-pub(crate) struct RangeLocks(Mutex<State>);
+pub struct RangeLocks(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -67,20 +68,20 @@ impl RangeLocks {
     }
 
     /// Takes the range if it is free now.
-    pub(crate) fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
+    pub fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state();
         let free = state.is_free(&range, usize::MAX);
         free.then(|| state.hold(range)).map(|id| RangeGuard { locks: self.clone(), id })
     }
 
     /// Takes the range when it is free.
-    pub(crate) fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
+    pub fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
         Locking { locks: self.clone(), range, id: None }
     }
 }
 
 /// A range held. Dropping it lets others in.
-pub(crate) struct RangeGuard {
+pub struct RangeGuard {
     locks: Arc<RangeLocks>,
     id: u64,
 }
@@ -92,7 +93,7 @@ impl Drop for RangeGuard {
 }
 
 /// Waits for a range.
-pub(crate) struct Locking {
+pub struct Locking {
     locks: Arc<RangeLocks>,
     range: Range<u64>,
     id: Option<u64>,

@@ -14,13 +14,13 @@ use vbd_ring::{Completion, FileHandle, Local, Op, OpId, TimerId};
 
 use crate::command::{Terms, export_info};
 use crate::control::{Control, Order};
-use crate::edges::{Held, read_sector};
+use crate::edges::{Parked, range, read_sector};
 use crate::export::{Export, Label};
 use crate::memory::{Account, SCRATCH, Thread};
 use crate::negotiation::{ExportInfo, Negotiation, Step};
 use crate::outbox::{Outbox, Payload};
 use crate::server::Shared;
-use crate::transmission::{Transmission, Turn};
+use crate::transmission::{Transmission, Turn, piece_of};
 use crate::transport::{Received, Tls, Transport};
 
 /// Rounds of a connection before others have their turn.
@@ -217,6 +217,7 @@ impl Connection {
 
     /// Hands requests to the disk; true if there were some.
     fn submit(self: &Rc<Self>) -> bool {
+        let mut blocked = Vec::new();
         let (channel, mut requests, edges) = {
             let state = &mut *self.state.borrow_mut();
             let (Phase::Transmission(transmission), Some(attached)) = (&mut state.phase, &state.attached)
@@ -227,17 +228,44 @@ impl Connection {
                 return false;
             }
             let spare = std::mem::take(&mut state.spare);
-            let requests = std::mem::replace(&mut transmission.ready, spare);
+            let mut requests = std::mem::replace(&mut transmission.ready, spare);
+            let mut index = 0;
+            while let Some(request) = requests.get(index) {
+                if transmission.wants_sectors(request) {
+                    match attached.export.writing.try_lock(range(request)) {
+                        Some(sectors) => transmission.keep_sectors(piece_of(request), sectors),
+                        None => {
+                            blocked.push(Parked::new(requests.remove(index)));
+                            continue;
+                        }
+                    }
+                }
+                index += 1;
+            }
             (attached.channel.clone(), requests, std::mem::take(&mut transmission.edges))
         };
         for request in requests.drain(..) {
             channel.clone().submit(request);
+        }
+        for request in blocked {
+            self.local.spawn(self.clone().submit_later(request));
         }
         for piece in edges {
             self.local.spawn(self.clone().patch(piece));
         }
         self.state.borrow_mut().spare = requests;
         true
+    }
+
+    /// Submits a write when nobody else writes its sectors.
+    async fn submit_later(self: Rc<Self>, request: Parked) {
+        let attached = self.state.borrow().attached.as_ref().map(|a| (a.channel.clone(), a.export.clone()));
+        let (Some((channel, export)), Some((piece, range))) = (attached, request.about()) else { return };
+        let sectors = export.writing.lock(range).await;
+        self.with_transmission(|transmission, _| transmission.keep_sectors(piece, sectors));
+        if let Some(request) = request.take() {
+            channel.submit(request);
+        }
     }
 
     /// Makes the sectors of a piece whole and writes them.
@@ -248,11 +276,12 @@ impl Connection {
         });
         let export = self.state.borrow().attached.as_ref().map(|attached| attached.export.clone());
         let (Some(sectors), Some(export)) = (sectors, export) else { return };
-        let held = export.edges.lock(sectors).await;
+        let sectors = export.writing.lock(sectors).await;
+        self.with_transmission(|transmission, _| transmission.keep_sectors(piece, sectors));
         let read = self.read_beside(piece).await;
         let turn = self.turn_now();
         self.with_transmission(|transmission, outbox| match read {
-            Ok(()) => transmission.write_edge(piece, Box::<Held>::new(held), &turn),
+            Ok(()) => transmission.write_edge(piece, &turn),
             Err(error) => transmission.fail_edge(piece, &error, &turn, outbox),
         });
         self.run();

@@ -1,59 +1,48 @@
-//! Writes of parts of sectors: read what lies beside them, then write whole sectors, with others kept out meanwhile.
-//!
-//! Only such writes exclude each other, over all connections of an export. A write of whole sectors that overlaps one
-//! of them is a race that the client has made, and either may win.
+//! Writes of parts of sectors: read what lies beside them, then write whole sectors, with every other write of those
+//! sectors kept out meanwhile, over all connections of an export.
 
 use std::cell::RefCell;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
-use vbd_core::{Channel, Operation, Request, Result, Sink};
+use vbd_core::{Channel, Error, ErrorKind, Operation, Request, Result, Sink};
 
 use crate::memory::Buffer;
+use crate::transmission::piece_of;
 
-/// The ranges of an export that parts of sectors are being written in.
-#[derive(Default)]
-pub(crate) struct Edges(Mutex<State>);
+/// A write that waits for its sectors; it comes back even where nobody waits any more.
+pub(crate) struct Parked(Option<Request>);
 
-#[derive(Default)]
-struct State {
-    held: Vec<Range<u64>>,
-    waiting: Vec<Waker>,
-}
+impl Parked {
+    pub(crate) fn new(request: Request) -> Self {
+        Parked(Some(request))
+    }
 
-impl Edges {
-    /// Waits until nobody else is at work in the range.
-    pub(crate) fn lock(self: &Arc<Self>, range: Range<u64>) -> impl Future<Output = Held> {
-        let edges = self.clone();
-        poll_fn(move |context| {
-            let mut state = edges.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if state.held.iter().any(|held| held.start < range.end && range.start < held.end) {
-                state.waiting.push(context.waker().clone());
-                return Poll::Pending;
-            }
-            state.held.push(range.clone());
-            Poll::Ready(Held(edges.clone(), range.clone()))
-        })
+    /// Its piece, and the bytes that it writes.
+    pub(crate) fn about(&self) -> Option<(u32, Range<u64>)> {
+        self.0.as_ref().map(|request| (piece_of(request), range(request)))
+    }
+
+    /// The request, to be submitted.
+    pub(crate) fn take(mut self) -> Option<Request> {
+        self.0.take()
     }
 }
 
-/// Keeps others out of a range.
-pub(crate) struct Held(Arc<Edges>, Range<u64>);
-
-impl Drop for Held {
+impl Drop for Parked {
     fn drop(&mut self) {
-        let waiting = {
-            let mut state = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Ranges that are held do not overlap, so this is the one.
-            state.held.retain(|held| *held != self.1);
-            std::mem::take(&mut state.waiting)
-        };
-        waiting.into_iter().for_each(Waker::wake);
+        if let Some(request) = self.0.take() {
+            request.fail(Error::new(ErrorKind::Cancelled, "the disk is stopping"));
+        }
     }
+}
+
+/// The bytes that a request is about.
+pub(crate) fn range(request: &Request) -> Range<u64> {
+    request.offset..request.offset + request.len
 }
 
 /// A read that a task waits for.

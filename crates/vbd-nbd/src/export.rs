@@ -3,9 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vbd_core::Disk;
-
-use crate::edges::Edges;
+use vbd_core::{Disk, RangeLocks};
 
 /// How a disk is exported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,7 +19,8 @@ pub(crate) struct Export {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) read_only: bool,
     pub(crate) description: String,
-    pub(crate) edges: Arc<Edges>,
+    /// The sectors that are being written, by whichever connection.
+    pub(crate) writing: Arc<RangeLocks>,
     /// Which numbers connections have, for their counters.
     numbers: Mutex<Vec<bool>>,
 }
@@ -32,7 +31,7 @@ impl Export {
             disk,
             read_only: options.read_only,
             description: options.description,
-            edges: Arc::default(),
+            writing: Arc::default(),
             numbers: Mutex::default(),
         })
     }

@@ -138,7 +138,7 @@ pub fn commands(data: &[u8]) {
         let taken = transmission.take(waiting, &turn, &mut outbox);
         waiting = &waiting[taken..];
         for piece in std::mem::take(&mut transmission.edges) {
-            transmission.write_edge(piece, Box::new(()), &turn);
+            transmission.write_edge(piece, &turn);
         }
         let ready = std::mem::take(&mut transmission.ready);
         let worked = taken > 0 || !ready.is_empty();

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use vbd_core::{Flags, IoVec, Operation, Request, Result, SECTOR, Sink};
+use vbd_core::{Flags, IoVec, Operation, RangeGuard, Request, Result, SECTOR, Sink};
 
 use crate::command::{Command, Kind, Terms, Verdict};
 use crate::extents;
@@ -33,8 +33,8 @@ struct Piece {
     skew: usize,
     /// Which part of its command, for a read that is sent as a whole.
     index: usize,
-    /// Held while a part of a sector is changed.
-    exclusive: Option<Box<dyn std::any::Any>>,
+    /// Keeps other writes out of the sectors.
+    exclusive: Option<RangeGuard>,
 }
 
 impl Piece {
@@ -483,10 +483,19 @@ impl Transmission {
         Edge { offset, sectors: bytes, start: piece.skew, end: piece.skew + piece.len, account }
     }
 
-    /// Writes a piece of [`edges`](Self::edges), its sectors made whole. What excludes others from them is kept.
-    pub(crate) fn write_edge(&mut self, index: u32, exclusive: Box<dyn std::any::Any>, turn: &Turn) {
-        self.pieces.get(index).exclusive = Some(exclusive);
+    /// Writes a piece of [`edges`](Self::edges), its sectors made whole.
+    pub(crate) fn write_edge(&mut self, index: u32, turn: &Turn) {
         self.push_request(index, Operation::Write, turn);
+    }
+
+    /// Whether a request still needs its sectors for itself: a write that does not have them yet.
+    pub(crate) fn wants_sectors(&mut self, request: &Request) -> bool {
+        request.operation.is_write() && self.pieces.get(piece_of(request)).exclusive.is_none()
+    }
+
+    /// Keeps a piece's sectors for it until it is done.
+    pub(crate) fn keep_sectors(&mut self, piece: u32, sectors: RangeGuard) {
+        self.pieces.get(piece).exclusive = Some(sectors);
     }
 
     /// A piece of [`edges`](Self::edges) could not be made whole.
@@ -599,4 +608,9 @@ pub(crate) struct Edge<'a> {
 fn covered(offset: u64, len: usize) -> usize {
     let into = usize::try_from(offset % SECTOR).expect("within a sector");
     (into + len).next_multiple_of(SECTOR_BYTES)
+}
+
+/// The piece that a request is for.
+pub(crate) fn piece_of(request: &Request) -> u32 {
+    u32::try_from(request.token).expect("tokens are pieces")
 }

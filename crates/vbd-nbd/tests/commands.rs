@@ -133,6 +133,35 @@ fn neighbours_in_a_sector_do_not_undo_each_other() {
     assert_eq!(disk.content()[..800], [100; 800]);
 }
 
+/// A part of a sector is read, changed and written: what a whole write of that sector brings meanwhile must stay.
+#[test]
+fn parts_of_sectors_do_not_undo_whole_ones() {
+    let served = serve_disk(Memory::new(1 << 20));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for offset in [100, 300] {
+            let (served, stop) = (&served, &stop);
+            scope.spawn(move || {
+                let mut client = served.connect();
+                client.go(Style::Simple, "disk").unwrap();
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    assert_eq!(client.write(0, offset, &[0xff; 50]), 0);
+                }
+            });
+        }
+        let mut client = served.connect();
+        client.go(Style::Simple, "disk").unwrap();
+        let mut undone = None;
+        for turn in (1..=250u8).cycle().take(1500) {
+            assert_eq!(client.write(0, 0, &[turn; 1024]), 0);
+            let now = client.read(0, 1024);
+            undone = undone.or((now[..100] != [turn; 100] || now[400..] != [turn; 624]).then_some(turn));
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(undone, None);
+    });
+}
+
 #[test]
 fn what_cannot_be_done_is_refused_and_the_connection_goes_on() {
     let end = 1u64 << 20;
