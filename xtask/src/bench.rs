@@ -119,6 +119,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if !wanted.is_empty() {
             let file = storage.prepare(&dir)?;
             rounds::measure(&plan, storage, &file, &wanted, &mut results)?;
+            // What was measured is kept, whatever comes after it.
+            results.write(&kept)?;
         }
     }
     if plan.wants("idle") {

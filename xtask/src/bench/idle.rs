@@ -94,11 +94,11 @@ impl Disks {
     fn serve(tools: &Tools, dir: &Path, count: usize) -> Result<Self> {
         let _ = fs::remove_dir_all(dir);
         fs::create_dir_all(dir)?;
-        let mut config = format!("runtime_dir = {:?}\n", dir.join("run"));
+        let mut config = format!("runtime-dir = {:?}\n", dir.join("run"));
         let mut sockets = Vec::new();
         for index in 0..count {
             File::create(dir.join(format!("{index}.img")))?.set_len(64 << 20)?;
-            writeln!(config, "[[disk]]\npath = \"{index}.img\"\nvhost_user = \"{index}.sock\"")?;
+            writeln!(config, "[[disk]]\npath = \"{index}.img\"\nvhost-user = \"{index}.sock\"")?;
             sockets.push(dir.join(format!("{index}.sock")));
         }
         let file = dir.join("vbd.toml");
