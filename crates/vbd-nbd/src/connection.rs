@@ -2,7 +2,7 @@
 //!
 //! The ring only says when the socket can be read or written; bytes are moved by plain calls that never wait. A turn
 //! reads as many requests as there are, hands them all to the disk, and sends all replies that are there at once.
-//! Nothing is polled: at depth 32 that gains nothing, and at depth 1 it takes the processor from the client.
+//! Sockets are not looked at without being ready, but while requests come the reactor stays awake for the next.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,6 +23,8 @@ use crate::server::Shared;
 use crate::transmission::{Transmission, Turn, piece_of};
 use crate::transport::{Received, Tls, Transport};
 
+/// With so many commands under way others follow soon; with few, staying awake for them gains nothing.
+const BUSY: usize = 8;
 /// Rounds of a connection before others have their turn.
 const ROUNDS: u32 = 32;
 /// Pieces of memory in one sendmsg(2).
@@ -549,6 +551,11 @@ impl Connection {
     /// Asks to be told when the socket can be read or written, where that is waited for.
     fn wait(self: &Rc<Self>) {
         let state = self.state.borrow();
+        if let Phase::Transmission(transmission) = &state.phase
+            && transmission.under_way() >= BUSY
+        {
+            self.local.expect();
+        }
         let listens = !state.deaf && !state.readable && state.order == Order::Run;
         if listens && !matches!(state.phase, Phase::Asking(_) | Phase::Over) {
             self.poll_for(READABLE, libc::POLLIN);

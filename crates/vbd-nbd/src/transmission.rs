@@ -110,6 +110,11 @@ impl Transmission {
         self.pieces.len() == 0 && self.ready.is_empty()
     }
 
+    /// Commands that are being carried out.
+    pub(crate) fn under_way(&self) -> usize {
+        self.commands.len()
+    }
+
     /// Whether nothing more is read from the client.
     pub(crate) fn has_ended(&self) -> bool {
         matches!(self.input, Input::Ended)

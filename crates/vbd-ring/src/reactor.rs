@@ -21,8 +21,8 @@ use crate::{Completion, EngineKind, FileHandle, Op, OpId, Poller, TimerId, pool}
 pub struct Settings {
     /// What carries operations out.
     pub engine: EngineKind,
-    /// The longest time to look at active pollers before sleeping. The time in use adapts between 0 and this: it
-    /// grows when sleeps turn out shorter than this and falls to 0 when they are longer.
+    /// The longest time to look at active pollers before sleeping. Pauses that were longer end it, until there was
+    /// a shorter one. Where work is [expected](Local::expect) it may be up to ten times as long.
     pub spin: Duration,
     /// After a stop was asked for, how long operations in flight may take before they are cancelled.
     pub stop_within: Duration,
@@ -222,6 +222,8 @@ struct Inner {
     /// The reactor's own wait for a wake-up.
     wake_up: Cell<Option<OpId>>,
     spin: Cell<Duration>,
+    /// More work is [expected](Local::expect) after that of this turn.
+    expecting: Cell<bool>,
     /// Slots of handles that were dropped while the engine was in use.
     unregister: RefCell<Vec<u32>>,
 }
@@ -276,6 +278,7 @@ impl Local {
             now: Cell::new(Instant::now()),
             wake_up: Cell::new(None),
             spin: Cell::new(Duration::ZERO),
+            expecting: Cell::new(false),
             unregister: RefCell::default(),
         })))
     }
@@ -299,10 +302,16 @@ impl Local {
         id
     }
 
-    /// Hands what was submitted to the kernel at once, so that storage works while more is prepared. Without this it
-    /// goes with the next sleep, in one call.
+    /// Hands what was submitted to the kernel at once. Without this it goes when there are a few, or with the next sleep.
     pub fn flush(&self) {
         self.0.engine.borrow_mut().flush();
+    }
+
+    /// Says that more work is likely to come soon through the ring, and one by one, as from a socket with many requests
+    /// under way: the reactor may spin before it sleeps next. It so stays on a processor of its own, where a peer that
+    /// wakes it for each request would share one with it and both would work in turn.
+    pub fn expect(&self) {
+        self.0.expecting.set(true);
     }
 
     /// Asks the kernel to give an operation up. Its result comes all the same: -ECANCELED, or what it was.
@@ -422,29 +431,37 @@ impl Local {
             Rc::new(WakeUp(self.clone(), wake)).wait();
         }
         let mut done = Vec::with_capacity(256);
-        let mut spin_until = None;
+        // When there was nothing to do any more.
+        let mut idle_since = None;
         let mut stopping: Option<Instant> = None;
         loop {
             self.0.now.set(Instant::now());
             self.0.engine.borrow_mut().reap(&mut done);
+            let (bound, expecting) = (self.bound(), self.0.expecting.take());
             if self.turn(&mut done) {
-                spin_until = None;
+                if let Some(since) = idle_since.take() {
+                    self.adapt(self.0.now.get() - since, bound);
+                }
                 continue;
             }
+            self.0.expecting.set(expecting);
             if self.0.shared.stop.load(Ordering::SeqCst) && self.may_end(&mut stopping) {
                 break;
             }
             let now = self.0.now.get();
-            let may_spin = !self.0.active.borrow().is_empty() && !self.0.spin.get().is_zero();
-            if may_spin && now < *spin_until.get_or_insert(now + self.0.spin.get()) {
+            let since = *idle_since.get_or_insert(now);
+            let busy = self.0.expecting.get() || !self.0.active.borrow().is_empty();
+            if busy && now < since + self.0.spin.get().min(self.bound()) {
                 self.0.engine.borrow_mut().flush();
                 std::hint::spin_loop();
                 continue;
             }
-            spin_until = None;
-            let was_active = !self.0.active.borrow().is_empty();
             if self.arm_all() {
                 continue;
+            }
+            if !busy {
+                // Nobody waits for what comes next.
+                idle_since = None;
             }
             let next = self.0.timers.borrow().next_at().map(|at| at.saturating_duration_since(now));
             let bound = stopping.map(|_| Duration::from_millis(20));
@@ -452,11 +469,7 @@ impl Local {
                 (Some(next), Some(bound)) => Some(next.min(bound)),
                 (next, bound) => next.or(bound),
             };
-            let asleep = Instant::now();
             self.0.engine.borrow_mut().wait(timeout, &mut done);
-            if was_active {
-                self.adapt(asleep.elapsed());
-            }
         }
         self.0.tasks.clear();
         // What the kernel still holds after the bound keeps its memory for the rest of the process.
@@ -526,15 +539,21 @@ impl Local {
         found
     }
 
-    /// Sets the time to spin from how long a sleep after work has lasted.
-    fn adapt(&self, slept: Duration) {
-        let (most, spin) = (self.0.settings.spin, self.0.spin.get());
-        let next = match slept > most {
-            true => Duration::ZERO,
-            false if slept > spin => (spin * 2).max(most / 8).min(most),
-            false => spin,
-        };
-        self.0.spin.set(next);
+    /// The longest that may be spun now.
+    fn bound(&self) -> Duration {
+        let most = self.0.settings.spin;
+        if self.0.expecting.get() { most * 10 } else { most }
+    }
+
+    /// Sets the time to spin from how long a pause has lasted of which so much might have been spun.
+    fn adapt(&self, pause: Duration, bound: Duration) {
+        let spin = self.0.spin.get();
+        self.0.spin.set(match pause {
+            // Also where it was slept through: spinning would have found the work.
+            pause if pause <= bound => bound,
+            _ if spin <= bound / 8 => Duration::ZERO,
+            _ => spin / 2,
+        });
     }
 
     /// Whether a reactor that was asked to stop can end; cancels what is late.

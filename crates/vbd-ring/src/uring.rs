@@ -10,8 +10,9 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use crate::{FileHandle, Op, OpId};
 
 const ENTRIES: u32 = 256;
-/// Entries that are submitted without waiting for the end of the turn.
-const BATCH: usize = 32;
+/// So many entries go to the kernel at once, so that storage works while more is prepared; fewer go with the next sleep
+/// or spin, in one call.
+const BATCH: usize = 4;
 const COMPLETIONS: u32 = 4096;
 /// Slots of the table of registered files; more files than that are used by their plain descriptor.
 const FILES: u32 = 4096;
@@ -90,6 +91,9 @@ impl Uring {
         if !self.backlog.is_empty() || unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.backlog.push_back(entry);
         }
+        if self.ring.submission().len() >= BATCH {
+            self.flush();
+        }
     }
 
     pub(crate) fn reap(&mut self, done: &mut Vec<(OpId, i32)>) {
@@ -97,7 +101,6 @@ impl Uring {
             let queue = self.ring.submission();
             (queue.len(), queue.taskrun() || queue.cq_overflow())
         };
-        // Entries wait for the next sleep or spin, so that one call submits a batch and waits; not too many, though.
         if task_work || queued >= BATCH || !self.backlog.is_empty() {
             self.flush();
         }

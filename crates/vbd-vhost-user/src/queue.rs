@@ -63,10 +63,8 @@ pub(crate) struct Logging {
     pub(crate) used: Option<u64>,
 }
 
-/// After so many requests the storage gets what there is, so that it need not wait for the rest of a large batch.
-const AT_ONCE: u16 = 8;
 /// After so many requests the driver is shown which of them are done already, so that it works on its next ones
-/// meanwhile instead of afterwards. A multiple of [`AT_ONCE`].
+/// meanwhile instead of afterwards.
 const SHOW_AFTER: u16 = 16;
 
 thread_local! {
@@ -350,10 +348,8 @@ impl Queue {
         let mut worked = false;
         let most = self.core.borrow().intake.ring().size();
         for taken in 0..most {
-            if taken % AT_ONCE == AT_ONCE - 1 {
-                if taken % SHOW_AFTER == SHOW_AFTER - 1 {
-                    self.publish();
-                }
+            if taken % SHOW_AFTER == SHOW_AFTER - 1 && self.publish() {
+                // The interrupt, too.
                 self.local.flush();
             }
             let step = self.next(&mut self.core.borrow_mut());

@@ -21,7 +21,8 @@ pub(crate) struct Args {
     /// How the kernel is asked for I/O
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     engine: Engine,
-    /// The longest time to look for more work before sleeping, in microseconds; 0 never spins
+    /// The longest time to look for more work before sleeping, in microseconds; up to ten times as long for busy
+    /// sockets, less where it finds nothing; 0 never spins
     #[arg(long, value_name = "US", default_value_t = 100)]
     spin: u32,
     /// The control socket to make (default: control-PID.sock in the runtime directory)
