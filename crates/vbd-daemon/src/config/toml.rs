@@ -250,6 +250,7 @@ fn new_image(
         (Some(build), Some(_)) => {
             let span = build.span();
             let mut spec = build.into_inner();
+            spec.check().map_err(|e| source.error(span.start, e.to_string()))?;
             match &mut spec.from {
                 vbd_fs::Source::Stdin => {
                     return of(span, "`from = \"-\"`: a configuration has no standard input, name a file");

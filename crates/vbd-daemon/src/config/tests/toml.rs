@@ -273,6 +273,48 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
     assert!(told.starts_with("2:1 the socket path /xxx") && told.contains("has 128 bytes"), "{told}");
 }
 
+/// What a build would refuse, the configuration refuses first, and tells where it is written.
+#[test]
+fn values_of_a_build_are_checked_where_they_are_written() {
+    let disk = "[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nfrom = 'debian:bookworm'\n";
+    for (line, error) in [
+        ("label = 'a-label-of-18-byte'", "6:9 label \"a-label-of-18-byte\": at most 16 bytes"),
+        ("label = 'ääääääääü'", "6:9 label \"ääääääääü\": at most 16 bytes"),
+        ("label = \"a\\u0000\"", "6:9 label \"a\\0\": at most 16 bytes"),
+        ("uuid = '9c9d'", "6:8 \"9c9d\" is no UUID (8-4-4-4-12 hexadecimal digits)"),
+        ("uuid = '01234567-89ab-cdef-0123-456789abcdeg'", "6:8 "),
+        ("live = true\nuuid = ''", "7:8 \"\" is no UUID"),
+        ("reserved-percent = 51", "6:20 at most 50 percent of the blocks can be reserved"),
+        ("inodes = 15", "6:10 the number of inodes is from 16 to 4294967295"),
+        ("inodes = 4294967296", "6:10 the number of inodes is from 16 to 4294967295"),
+        ("mirror = ''", "6:10 the mirror is empty, or starts with a dash"),
+        ("mirror = '--x'", "6:10 the mirror is empty, or starts with a dash"),
+        ("packages = ['a', 'b c']", "6:12 \"b c\": name components and packages one by one"),
+        ("components = ['main,contrib']", "6:14 \"main,contrib\": name components and packages one by one"),
+        ("variant = 'x'", "6:11 "),
+        ("filesystem = 'ext5'", "6:14 "),
+    ] {
+        let told = refused(&format!("{disk}{line}\n"));
+        assert!(told.starts_with(error), "{line}\n  is:        {told}\n  should be: {error}");
+    }
+    let inline = "[[disk]]\npath = '/a'\nsize = '1G'\nbuild = { from = '/', label = 'a-label-of-18-byte' }";
+    assert_eq!(refused(inline), "4:31 label \"a-label-of-18-byte\": at most 16 bytes");
+    for key in ["mirror = 'http://x'", "variant = 'apt'", "packages = ['a']", "components = ['main']"] {
+        let text = format!("[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nfrom = '/srv'\n{key}");
+        let error = "4:1 mirror, components, packages and variant are for debian:SUITE and ubuntu:SUITE, not for /srv";
+        assert_eq!(refused(&text), error);
+    }
+    let good = "label = 'sixteen bytes ok'\nuuid = '01234567-89AB-cdef-0123-456789abcdef'\nreserved-percent = 50\n\
+                inodes = 16\nmirror = 'http://deb.example'\ncomponents = ['main', 'contrib']\npackages = ['vim']\n";
+    let config = read(&format!("{disk}{good}"));
+    let spec = config.disks[0].create.as_ref().and_then(|image| image.build.as_ref()).expect("a build");
+    assert_eq!((spec.label.as_deref(), spec.inodes), (Some("sixteen bytes ok"), Some(16)));
+    assert_eq!(
+        (&spec.components[..], &spec.packages[..]),
+        (&["main", "contrib"].map(String::from)[..], &["vim".to_owned()][..])
+    );
+}
+
 proptest! {
     #[test]
     fn any_text_is_answered(text in "(?s).{0,200}") {
