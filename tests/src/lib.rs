@@ -5,6 +5,7 @@
 //! [`Scratch`] directory and goes with it.
 
 mod control;
+mod cpu;
 mod guest;
 mod initramfs;
 mod kernel;
@@ -15,6 +16,7 @@ mod server;
 mod tools;
 mod transcript;
 
+pub use cpu::cpu_time;
 pub use guest::{Disk, Guest, Machine, Outcome};
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;

@@ -3,7 +3,6 @@
 //! Every load visits all peers in turn, round after round, so that what else the machine does meets all of them; a cell
 //! of the tables is the median of its rounds. Absolute numbers are the machine's, the ratios are vbd's.
 
-mod cpu;
 mod docs;
 mod files;
 mod idle;

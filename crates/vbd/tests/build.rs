@@ -1,10 +1,14 @@
 //! `vbd build`: its report, its exit codes, and what a signal leaves. What is in an image is tested where it is made.
 
+mod common;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use common::{names, refused};
 
 fn vbd(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vbd"));
@@ -14,22 +18,6 @@ fn vbd(directory: &Path) -> Command {
 
 fn build(directory: &Path, arguments: &[&str]) -> Output {
     vbd(directory).arg("build").args(arguments).output().unwrap()
-}
-
-/// Expect that exit code and each of these texts in the message.
-fn refused(output: &Output, code: i32, texts: &[&str]) {
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    for text in texts {
-        assert!(message.contains(text), "{text:?} is not in: {message}");
-    }
-}
-
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 /// A place with a small tree in it.
