@@ -38,6 +38,10 @@ impl Default for Settings {
     }
 }
 
+/// So many short pauses in a row make it worth spinning through the next. Storage that answers a batch in parts makes
+/// short ones now and then, before a long one that would be spun through in vain.
+const SHORT_IN_A_ROW: u32 = 8;
+
 /// A result to deliver later in the turn.
 type Deferred = (Rc<dyn Completion>, u64, i32);
 
@@ -222,6 +226,8 @@ struct Inner {
     /// The reactor's own wait for a wake-up.
     wake_up: Cell<Option<OpId>>,
     spin: Cell<Duration>,
+    /// Short pauses in a row.
+    short: Cell<u32>,
     /// More work is [expected](Local::expect) after that of this turn.
     expecting: Cell<bool>,
     /// Slots of handles that were dropped while the engine was in use.
@@ -278,6 +284,7 @@ impl Local {
             now: Cell::new(Instant::now()),
             wake_up: Cell::new(None),
             spin: Cell::new(Duration::ZERO),
+            short: Cell::new(0),
             expecting: Cell::new(false),
             unregister: RefCell::default(),
         })))
@@ -547,13 +554,10 @@ impl Local {
 
     /// Sets the time to spin from how long a pause has lasted of which so much might have been spun.
     fn adapt(&self, pause: Duration, bound: Duration) {
-        let spin = self.0.spin.get();
-        self.0.spin.set(match pause {
-            // Also where it was slept through: spinning would have found the work.
-            pause if pause <= bound => bound,
-            _ if spin <= bound / 8 => Duration::ZERO,
-            _ => spin / 2,
-        });
+        // Also where it was slept through: spinning would have found the work.
+        let short = if pause <= bound { (self.0.short.get() + 1).min(SHORT_IN_A_ROW) } else { 0 };
+        self.0.short.set(short);
+        self.0.spin.set(if short == SHORT_IN_A_ROW { bound } else { Duration::ZERO });
     }
 
     /// Whether a reactor that was asked to stop can end; cancels what is late.
