@@ -1,16 +1,15 @@
 //! An image on a filesystem without locks: refused, shared only where that is meant, and never taken for free.
 
-mod fuse;
-
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use fuse::NoLocks;
 use vbd_core::{Disk, ErrorKind};
 use vbd_image::lease::{self, Lease, LeaseError, Mode, Options};
 use vbd_image::raw::{Raw, RawOptions};
+
+use crate::one_file::{Manner, OneFile};
 
 /// What filesystems say that have none.
 const NONE: [i32; 4] = [libc::ENOLCK, libc::EOPNOTSUPP, libc::ENOSYS, libc::EINVAL];
@@ -23,7 +22,7 @@ fn acquire(path: &Path, mode: Mode, options: Options) -> Result<Lease, LeaseErro
 #[test]
 fn a_lease_is_refused_at_once_and_says_why() {
     for errno in NONE {
-        let Some(image) = NoLocks::mount(errno) else { return };
+        let Some(image) = OneFile::mount(Manner::NoLocks(errno)) else { return };
         for mode in [Mode::Read, Mode::Write] {
             let began = Instant::now();
             let wait = Duration::from_secs(600);
@@ -41,7 +40,7 @@ fn a_lease_is_refused_at_once_and_says_why() {
 #[test]
 fn who_means_it_may_share_the_file() {
     for errno in NONE {
-        let Some(image) = NoLocks::mount(errno) else { return };
+        let Some(image) = OneFile::mount(Manner::NoLocks(errno)) else { return };
         let share = Options { override_: true, ..Options::default() };
         let first = acquire(image.path(), Mode::Write, share).expect("at one's own risk");
         let second = acquire(image.path(), Mode::Write, share).expect("nothing could tell");
@@ -52,7 +51,7 @@ fn who_means_it_may_share_the_file() {
 
 #[test]
 fn a_disk_is_not_served() {
-    let Some(image) = NoLocks::mount(libc::ENOLCK) else { return };
+    let Some(image) = OneFile::mount(Manner::NoLocks(libc::ENOLCK)) else { return };
     let options = RawOptions::new(image.path());
     let error = Raw::new(options.clone()).open().err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
@@ -62,7 +61,7 @@ fn a_disk_is_not_served() {
 
 #[test]
 fn locks_that_fail_are_another_thing() {
-    let Some(image) = NoLocks::mount(libc::EIO) else { return };
+    let Some(image) = OneFile::mount(Manner::NoLocks(libc::EIO)) else { return };
     for override_ in [false, true] {
         let options = Options { override_, ..Options::default() };
         let error = acquire(image.path(), Mode::Write, options).expect_err("refused");
