@@ -18,12 +18,14 @@ mod disk;
 mod error;
 pub mod file;
 pub mod filter;
+mod flush;
 mod range_lock;
 mod request;
 mod statistics;
 
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
+pub use flush::flush;
 pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
 pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::clock::Timers;
 use crate::engine::{Engine, Flights};
 use crate::file::Unregister;
+use crate::op::Waits;
 use crate::task::{Awaited, AwaitedResult, Cancel, Tasks};
 use crate::{Completion, EngineKind, FileHandle, Op, OpId, Poller, TimerId, pool};
 
@@ -297,6 +298,12 @@ impl Local {
         FileHandle::new(fd, slot.map(|slot| (slot, inner)))
     }
 
+    /// The same without a slot in the ring's table. Kernels before 6.13 keep a file whose slot was taken back open for
+    /// as long as anything older is in flight on any slot: not for one whose closing somebody waits for.
+    pub fn plain_file(&self, fd: Arc<OwnedFd>) -> FileHandle {
+        FileHandle::new(fd, None)
+    }
+
     /// Starts an operation; its result reaches `sink` with `token`, exactly once.
     ///
     /// # Safety
@@ -333,7 +340,7 @@ impl Local {
         sink: Rc<dyn Completion>,
         token: u64,
     ) {
-        let id = self.0.flights.borrow_mut().add(sink, token, false, None);
+        let id = self.0.flights.borrow_mut().add(sink, token, Waits::Storage, None);
         let shared = self.0.shared.clone();
         pool::run(Box::new(move || {
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(-libc::EIO);
@@ -566,7 +573,7 @@ impl Local {
         let now = Instant::now();
         let since = *stopping.get_or_insert(now);
         let wake_up = self.0.wake_up.get();
-        let others = self.0.flights.borrow().len() - usize::from(wake_up.is_some());
+        let others = self.0.flights.borrow().ending() - usize::from(wake_up.is_some());
         if others == 0 || now > since + self.0.settings.stop_within * 2 {
             wake_up.into_iter().for_each(|id| self.cancel(id));
             let mut done = Vec::new();
