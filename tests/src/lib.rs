@@ -8,6 +8,7 @@ mod control;
 mod cpu;
 mod guest;
 mod initramfs;
+mod inside;
 mod kernel;
 mod paths;
 mod process;
@@ -17,7 +18,7 @@ mod tools;
 mod transcript;
 
 pub use cpu::cpu_time;
-pub use guest::{Disk, Guest, Machine, Outcome};
+pub use guest::{Disk, Drive, Guest, Machine, Outcome};
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub use paths::{cache_dir, target_dir, vbd};

@@ -10,6 +10,7 @@ pub(crate) fn lines(disk: &DiskInfo) -> String {
     for front_end in &disk.front_ends {
         let lines = match front_end.kind.as_str() {
             "vhost-user" => vhost_user(disk, front_end),
+            "ublk" => ublk(disk, front_end),
             _ => nbd(disk, front_end),
         };
         for (program, line) in lines {
@@ -68,6 +69,15 @@ fn crosvm_value(value: &str) -> String {
     } else {
         value.to_owned()
     }
+}
+
+fn ublk(disk: &DiskInfo, front_end: &FrontEndInfo) -> Vec<(&'static str, String)> {
+    let device = &front_end.address;
+    let (options, access) = if disk.read_only { (" -o ro", "r") } else { ("", "w") };
+    vec![
+        ("Linux", format!("mount{options} {device} /mnt")),
+        ("Xen", format!("disk = [ 'phy:{device},xvda,{access}' ]")),
+    ]
 }
 
 fn nbd(disk: &DiskInfo, front_end: &FrontEndInfo) -> Vec<(&'static str, String)> {

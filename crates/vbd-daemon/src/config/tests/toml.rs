@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vbd_fs::{Filesystem, Source, Tailor};
 
 use super::told;
-use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, toml};
+use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, Ublk, toml};
 
 fn read(text: &str) -> Config {
     toml::parse(text, Path::new("/etc/vbd/vm1.toml")).unwrap_or_else(|e| panic!("{e}"))
@@ -66,6 +66,7 @@ vhost-user = false
 [[disk]]
 path = "/srv/log"
 nbd = false
+ublk = 7
 "#,
     );
     assert_eq!(config.runtime_dir, Path::new("/etc/vbd/run"));
@@ -95,7 +96,7 @@ nbd = false
         (cd.access, cd.vhost_user.as_deref(), cd.nbd.as_deref()),
         (Access::ReadOnly, None, Some("cd.iso"))
     );
-    assert_eq!(log.nbd, None);
+    assert_eq!((log.nbd.as_deref(), log.ublk, root.ublk), (None, Some(Ublk::Number(7)), None));
 }
 
 #[test]
@@ -202,7 +203,7 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         ),
         (
             "[[disk]]\npath = '/a'\nvhost-user = false",
-            "1:1 nobody could use `a`: leave it `vhost-user` or `nbd`",
+            "1:1 nobody could use `a`: leave it `vhost-user`, `nbd` or `ublk`",
         ),
         ("reactors = 0", "1:12 invalid value: integer `0`, expected a nonzero usize"),
         ("nbd = {}", "1:7 missing key `listen`"),
