@@ -10,8 +10,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{Scratch, cache_dir, run_ok};
 
-const PROGRAMS: [&str; 5] =
-    ["/usr/bin/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs", "/sbin/losetup"];
+const PROGRAMS: [&str; 6] =
+    ["/usr/bin/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs", "/sbin/losetup", "/sbin/blkdiscard"];
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the tools disk has the program `name`; whole paths, since busybox would run an applet of its own.

@@ -206,3 +206,58 @@ fn a_user_who_is_not_root_has_a_device() -> Result<()> {
     guest.power_off()?;
     Ok(())
 }
+
+#[test]
+fn zeroes_discards_and_statistics_and_an_end_under_a_user_who_only_has_it_open() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mut guest = guest_with_driver(&scratch)?;
+    guest.sh(&Guest::vbd("create /host/disk --size 64M"))?;
+    let pid = guest.attach("/host/disk --ublk")?;
+    guest.sh("dd if=/dev/urandom of=/dev/ublkb0 bs=1M count=16 conv=notrunc,fsync")?;
+    let sum = |guest: &mut Guest, skip: u32| {
+        guest.sh(&format!("dd if=/dev/ublkb0 bs=1M skip={skip} count=4 2>/dev/null | md5sum"))
+    };
+    let (first, last) = (sum(&mut guest, 0)?, sum(&mut guest, 12)?);
+    guest.sh(&Guest::tool("blkdiscard --zeroout --offset 4M --length 4M /dev/ublkb0"))?;
+    guest.sh(&Guest::tool("blkdiscard --offset 8M --length 4M /dev/ublkb0"))?;
+    let zeroes = guest.sh("dd if=/dev/zero bs=1M count=4 2>/dev/null | md5sum")?;
+    assert_eq!((sum(&mut guest, 4)?, sum(&mut guest, 8)?), (zeroes.clone(), zeroes));
+    assert_eq!((sum(&mut guest, 0)?, sum(&mut guest, 12)?), (first, last));
+    let room = allocated(&mut guest, "/host/disk")?;
+    ensure!((8 * MIB..=9 * MIB).contains(&room), "the rest was given back: {room}");
+
+    let stat = guest.sh(&Guest::vbd("stat disk --json --control /run/vbd.sock"))?;
+    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    let queues = stat["queues"].as_array().expect("queues");
+    for operation in ["read", "write", "flush", "discard", "zeroes"] {
+        let counts = queues.iter().flat_map(|queue| queue["operations"].as_array().expect("operations"));
+        let counts = counts.filter(|counts| counts["operation"] == operation);
+        let (count, errors) = counts.fold((0, 0), |(count, errors), counts| {
+            (count + counts["count"].as_u64().unwrap_or(0), errors + counts["errors"].as_u64().unwrap_or(0))
+        });
+        assert!(count > 0 && errors == 0, "{operation}: {count} and {errors} errors");
+    }
+
+    // Reads without an end, by somebody who has the device open and no more.
+    guest.sh("( while dd if=/dev/ublkb0 of=/dev/null bs=4k iflag=direct; do :; done >/dev/null 2>&1 & )")?;
+    guest.sh("sleep 1")?;
+    assert_eq!(guest.stop(pid)?, 0);
+    guest.sh("for i in $(seq 100); do ls /dev | grep -q ublk[bc] || break; sleep 0.1; done; ! ls /dev | grep ublk[bc]")?;
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
+fn a_configuration_names_devices() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mut guest = guest_with_driver(&scratch)?;
+    let disk = |name: &str, ublk: &str| format!("[[disk]]\\npath = \"{name}\"\\nsize = \"16M\"\\nublk = {ublk}\\nvhost-user = false\\n");
+    guest.sh(&format!("printf '{}{}' >/host/two.toml", disk("a", "9"), disk("b", "true")))?;
+    let pid = guest.background(&Guest::vbd("up /host/two.toml --control /run/vbd.sock"))?;
+    assert_eq!(guest.sh("cat /tmp/out")?, "a: ublk /dev/ublkb9\nb: ublk /dev/ublkb0\n");
+    guest.sh("echo there | dd of=/dev/ublkb9 conv=notrunc,fsync")?;
+    assert!(guest.sh("dd if=/host/a bs=512 count=1 2>/dev/null | head -n1")?.starts_with("there"));
+    assert_eq!(guest.stop(pid)?, 0);
+    guest.power_off()?;
+    Ok(())
+}
