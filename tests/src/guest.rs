@@ -58,6 +58,8 @@ pub struct Machine {
     pub host: Option<Drive>,
     /// The vbd in the guest, where it is not the one under test.
     pub program: Option<PathBuf>,
+    /// What the guest's kernel is told of its clocks.
+    pub clocks: &'static str,
     /// Modules that are in the guest's `/more`, and not loaded.
     pub modules: Vec<&'static str>,
 }
@@ -81,6 +83,7 @@ impl Machine {
             tools: false,
             host: None,
             program: None,
+            clocks: CLOCKS,
             modules: Vec::new(),
         }
     }
@@ -188,7 +191,7 @@ impl Machine {
             .arg(kernel.image()?)
             .arg("-initrd")
             .arg(initrd)
-            .args(["-append", &format!("{CLOCKS} console=ttyS0 panic=-1 {arguments}")]);
+            .args(["-append", &format!("{} console=ttyS0 panic=-1 {arguments}", self.clocks)]);
         for (number, Disk { socket, queues }) in self.disks.iter().enumerate() {
             let chardev = format!("socket,id=disk{number},path={},reconnect-ms=100", socket.display());
             qemu.args(["-chardev", &chardev]);
