@@ -98,7 +98,7 @@ fn ublk(results: &Results) -> String {
             .to_owned();
     for row in &results.ublk {
         let (looped, ublk) = (thousands(row.looped), thousands(row.ublk));
-        let _ = writeln!(text, "| {} | {looped} (1.00) | {ublk} ({:.2}) |", row.load, row.ratio());
+        let _ = writeln!(text, "| {} | {looped} (1.00) | {ublk} ({:.2}) |", row.load, row.ratio);
     }
     text
 }

@@ -154,7 +154,7 @@ pub(crate) fn judge(results: &Results) -> Vec<Verdict> {
     let [_, deep, _] = Load::RANDOM_READ;
     let row = results.ublk.iter().find(|row| row.load == deep.name());
     let what = format!("ublk, in a guest: {} against loop with direct I/O", deep.name());
-    verdicts.push(verdict(what, Bound::AtLeast(1.2), row.map(super::ublk::Row::ratio), "x"));
+    verdicts.push(verdict(what, Bound::AtLeast(1.2), row.map(|row| row.ratio), "x"));
 
     let idle = results.idle.as_ref();
     let mut add =

@@ -25,13 +25,8 @@ pub(crate) struct Row {
     pub(crate) load: String,
     pub(crate) looped: f64,
     pub(crate) ublk: f64,
-}
-
-impl Row {
-    /// ublk against loop.
-    pub(crate) fn ratio(&self) -> f64 {
-        self.ublk / self.looped
-    }
+    /// ublk against loop: the median of the rounds' ratios, since what else the machine does changes between rounds.
+    pub(crate) ratio: f64,
 }
 
 /// Boots the guest and measures.
@@ -58,8 +53,9 @@ pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
             looped.push(run(&mut guest, plan, load, "/dev/loop0")?);
             ublk.push(run(&mut guest, plan, load, "/dev/ublkb0")?);
         }
+        let ratios = ublk.iter().zip(&looped).map(|(ublk, looped)| ublk / looped).collect();
         let of = |values| median(values).context("no runs");
-        rows.push(Row { load: load.name(), looped: of(looped)?, ublk: of(ublk)? });
+        rows.push(Row { load: load.name(), looped: of(looped)?, ublk: of(ublk)?, ratio: of(ratios)? });
     }
     ensure!(guest.stop(vbd)? == 0, "vbd did not end well in the guest");
     guest.power_off()?;
