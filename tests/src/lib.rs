@@ -14,6 +14,7 @@ mod scratch;
 mod server;
 mod tools;
 mod transcript;
+mod xen;
 
 pub use guest::{Disk, Guest, Machine, Outcome};
 pub use initramfs::Initramfs;
@@ -24,3 +25,4 @@ pub use scratch::{Scratch, allocated};
 pub use server::{Attach, Server};
 pub use tools::tools_disk;
 pub use transcript::Transcript;
+pub use xen::XenLab;
