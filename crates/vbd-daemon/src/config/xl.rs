@@ -99,7 +99,9 @@ fn disk(
 ) -> Result<Option<DiskConfig>, ConfigError> {
     let place = |offset| text.source_offset(source.text, offset);
     let spec = xl_disk::parse(&text.value).map_err(|e| source.error(place(e.offset), e.message))?;
-    if let Some(script) = &spec.script {
+    if let Some(script) =
+        spec.script.as_ref().filter(|script| script.rsplit('/').next() != Some(crate::xen::SCRIPT))
+    {
         let message = format!(
             "script `{script}` would make sense of the target, and vbd runs no scripts: name a file or a device"
         );

@@ -22,6 +22,11 @@ pub(crate) struct Found {
 }
 
 impl Args {
+    /// The same, with another place to look where none was named.
+    pub(crate) fn or(self, default: &Path) -> Self {
+        Args { control: Some(self.control.unwrap_or_else(|| default.to_owned())) }
+    }
+
     /// Clients of the processes that serve now.
     fn clients(&self) -> anyhow::Result<Vec<Client>> {
         let directory = match &self.control {
