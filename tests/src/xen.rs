@@ -44,18 +44,30 @@ impl XenLab {
     /// # Errors
     /// When the case fails, or takes longer than `limit`; the error carries the end of the log.
     pub fn run(&self, case: &str, more: &[&Path], limit: Duration) -> Result<String> {
+        self.boot(&self.scripts.join("cases").join(case), vbd(), more, limit)
+    }
+
+    /// The comparison of `tests/xen-lab/bench`, as [`XenLab::run`], with the command to be measured.
+    ///
+    /// # Errors
+    /// As [`XenLab::run`].
+    pub fn bench(&self, vbd: &Path, more: &[&Path], limit: Duration) -> Result<String> {
+        self.boot(&self.scripts.join("bench"), vbd, more, limit)
+    }
+
+    fn boot(&self, script: &Path, vbd: &Path, more: &[&Path], limit: Duration) -> Result<String> {
         let scratch = Scratch::new()?;
         let command = scratch.path("vbd");
         // Nine tenths of it are for debuggers, and dom0's disk is slow.
-        run_ok("strip", ["-o".as_ref(), command.as_os_str(), vbd().as_os_str()], Duration::from_secs(60))?;
+        run_ok("strip", ["-o".as_ref(), command.as_os_str(), vbd.as_os_str()], Duration::from_secs(60))?;
         let mut boot = crate::command(self.scripts.join("boot"));
-        boot.arg(&self.dir).arg(self.scripts.join("cases").join(case)).arg(&command).args(more);
+        boot.arg(&self.dir).arg(script).arg(&command).args(more);
         boot.env("TIMEOUT", limit.as_secs().to_string());
         let mut process = crate::Process::spawn(boot)?;
         let status = process.wait(limit + Duration::from_secs(30))?;
         let log: Transcript = process.stdout.clone();
         let log = log.finish(Duration::from_secs(5));
-        ensure!(status.success(), "{case}: {status}\n{log}{}", process.stderr.text());
+        ensure!(status.success(), "{}: {status}\n{log}{}", script.display(), process.stderr.text());
         Ok(log)
     }
 }

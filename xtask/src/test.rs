@@ -54,6 +54,16 @@ pub(crate) fn build(package: &str, profile: &str) -> Result<std::path::PathBuf> 
     Ok(vbd_tests::target_dir().join(dir).join(package))
 }
 
+/// Builds the command `package` as [`build`] does, for release and linked statically, for guests without libraries.
+///
+/// # Errors
+/// When it does not build.
+pub(crate) fn build_static(package: &str) -> Result<std::path::PathBuf> {
+    let arguments = ["rustc", "--locked", "--package", package, "--release", "--bin", package, "--"];
+    run_to_end(cargo(&arguments).args(["-C", "target-feature=+crt-static"]))?;
+    Ok(vbd_tests::target_dir().join("release").join(package))
+}
+
 /// The cargo that runs this, with `arguments`.
 fn cargo(arguments: &[&str]) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -76,7 +76,8 @@ fn read(words: &[String]) -> Result<Told, String> {
     let domid = after("-xen-domid").first().and_then(|number| number.parse().ok());
     let domid = domid.ok_or("no `-xen-domid N` among the arguments: this is for xl to start")?;
     let machine = after("-M").into_iter().chain(after("-machine")).next().unwrap_or_default();
-    if machine.split(',').next() != Some("xenpv") {
+    let machine = machine.split(',').next().unwrap_or_default();
+    if machine != "xenpv" {
         return Err(format!(
             "the domain is to have the devices of `{machine}`, which QEMU has and vbd has not: this is for PV domains"
         ));
