@@ -7,10 +7,24 @@
 //! Everything that a front-end writes is hostile until checked: ring indices, requests, grant references, and every key
 //! and state in xenstore. Whoever breaks a rule loses his own disk, and nobody else notices.
 
+mod abi;
+mod connect;
+mod control;
+mod device;
+mod indices;
+mod intake;
+mod keys;
+mod memory;
 mod options;
+mod placement;
+mod queue;
+mod record;
+mod ring;
 mod server;
+mod slots;
 mod status;
 pub mod sys;
+mod tell;
 
 pub use options::{BackendKind, DeviceId, DeviceRequest, Mode, Options, Provided, Provider};
 pub use server::{Error, Server};

@@ -3,8 +3,14 @@
 //! [`Platform::open`] is the real thing, through the kernel's devices and xenstored's socket. The same back-end runs on
 //! plain memory in tests.
 
+mod evtchn;
+mod gntdev;
+pub(crate) mod wire;
+mod xenstore;
+
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::server::Error;
@@ -26,8 +32,44 @@ impl Platform {
     /// # Errors
     /// There is none, xenstored does not run, or there is no permission on `/dev/xen`.
     pub fn open() -> Result<Platform, Error> {
-        Err(Error::NoXen("not there yet".into()))
+        let hypervisor = std::fs::read_to_string("/sys/hypervisor/type").unwrap_or_default();
+        let devices = [evtchn::DEVICE, gntdev::DEVICE];
+        if hypervisor.trim() != "xen" && !devices.iter().any(|path| Path::new(path).exists()) {
+            return Err(Error::NoXen("this machine does not run under Xen".into()));
+        }
+        for path in devices {
+            match std::fs::File::options().read(true).write(true).open(path) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let message =
+                        format!("no permission to open {path}; run as root, or grant access by a udev rule");
+                    return Err(Error::Permission(message));
+                }
+                Err(error) => {
+                    let module = path.rsplit('/').next().unwrap_or_default();
+                    return Err(Error::NoXen(format!(
+                        "cannot open {path}: {error}; try: modprobe xen-{module}"
+                    )));
+                }
+            }
+        }
+        let stores = Arc::new(xenstore::Xenstored);
+        match stores.connect() {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(Error::Permission(format!("no permission to speak with xenstored: {error}")));
+            }
+            Err(error) => {
+                return Err(Error::NoXen(format!("xenstored does not answer: {error}; is it running?")));
+            }
+        }
+        Ok(Platform { stores, events: Arc::new(evtchn::Device), grants: Arc::new(gntdev::Device) })
     }
+}
+
+/// The number of an ioctl that says no direction (`_IOC(_IOC_NONE, letter, number, size)`).
+const fn ioctl_number(letter: u8, number: u8, size: usize) -> libc::c_ulong {
+    (size as libc::c_ulong) << 16 | (letter as libc::c_ulong) << 8 | number as libc::c_ulong
 }
 
 /// Makes connections to xenstore.
@@ -48,7 +90,7 @@ pub struct WatchEvent {
     pub token: String,
 }
 
-/// A connection to xenstore. Paths without a leading slash are relative to the own domain's directory.
+/// A connection to xenstore.
 ///
 /// Errors: the connection is lost, or xenstored has refused; missing keys are no errors.
 pub trait Store: Send {
@@ -208,4 +250,15 @@ pub trait GrantTable: Send + Sync {
     /// # Safety
     /// Own memory is valid for the lengths given.
     unsafe fn copy(&self, copies: &mut [Copy]) -> io::Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_those_of_the_kernel() {
+        assert_eq!(ioctl_number(b'G', 0, 24), 0x18_4700);
+        assert_eq!(ioctl_number(b'E', 4, 4), 0x4_4504);
+    }
 }
