@@ -196,10 +196,11 @@ impl Entry {
         u64::from(self.words[index]) | u64::from(self.words[index + 1]) << 32
     }
 
-    /// The operation's number.
+    /// The operation's number, as an answer repeats it: of an indirect request the one within.
     #[inline]
     pub(crate) fn operation(&self) -> u8 {
-        self.words[0].to_le_bytes()[0]
+        let [operation, inner, ..] = self.words[0].to_le_bytes();
+        if operation == operation::INDIRECT { inner } else { operation }
     }
 
     /// The front-end's name for the request; it may use one twice.

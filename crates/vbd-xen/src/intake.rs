@@ -192,10 +192,9 @@ impl Core {
             Asked::Unknown => Err(Status::Unsupported),
             Asked::Malformed => Err(Status::Error),
             Asked::Discard { sectors, secure } => self.discard(number, sector, sectors, secure),
-            Asked::Indirect { segments, pages, .. } => {
-                self.indirect(number, segments, &pages)
-                    .and_then(|found| if found { self.data(number, steps, sector) } else { Ok(false) })
-            }
+            Asked::Indirect { segments, pages, .. } => self
+                .indirect(number, segments, &pages)
+                .and_then(|found| if found { self.data(number, steps, sector) } else { Ok(false) }),
             Asked::Read | Asked::Write | Asked::Barrier | Asked::Flush => {
                 match entry.segments(abi, &mut slot.segments) {
                     Some(()) => self.data(number, steps, sector),
@@ -227,9 +226,6 @@ impl Core {
         // Whether old data is gone for good, no file can promise.
         if secure || !self.limits.discard {
             return Err(Status::Unsupported);
-        }
-        if self.limits.read_only {
-            return Err(Status::Error);
         }
         let len = sectors.checked_mul(SECTOR).ok_or(Status::Error)?;
         let slot = &mut self.slots[usize::from(number)];
