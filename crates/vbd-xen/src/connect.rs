@@ -183,10 +183,11 @@ impl Plan {
             Succession::Unrecorded | Succession::Fresh => log.start(ring.consumed()),
         }
 
+        let read_only = self.read_only || connection.capabilities.read_only;
         let limits = Limits {
             indirect: self.indirect,
-            read_only: self.read_only || connection.capabilities.read_only,
-            discard: self.discard && connection.capabilities.discard,
+            read_only,
+            discard: self.discard && connection.capabilities.discard && !read_only,
             most_discard: connection.geometry.max_discard.max(vbd_core::SECTOR) / vbd_core::SECTOR
                 * vbd_core::SECTOR,
             durable: !connection.capabilities.write_cache,

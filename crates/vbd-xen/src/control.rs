@@ -83,6 +83,8 @@ struct Device {
     succession: Succession,
     /// Names its connection.
     name: u64,
+    /// This end has written a state, so that "initialising" can only be another device's.
+    spoke: bool,
     /// Its directory is gone: forget it as soon as nothing is under way.
     gone: bool,
     told_closed: bool,
@@ -105,6 +107,7 @@ impl Device {
             offer: None,
             succession: Succession::Fresh,
             name: 0,
+            spoke: false,
             gone: false,
             told_closed: false,
             watch: None,
@@ -329,7 +332,7 @@ impl Control {
             match written {
                 Ok(written) => self.provide(id, written),
                 Err(problem) => {
-                    device.phase = Phase::Refused;
+                    (device.phase, device.spoke) = (Phase::Refused, true);
                     device.problem = Some(problem.clone());
                     tell::refused(&mut **store, &base, &problem)?;
                 }
@@ -339,6 +342,16 @@ impl Control {
         let state = |value: Option<Vec<u8>>| value.map_or(State::Unknown, |value| State::parse(&value));
         device.own = state(store.read(&format!("{base}/state"))?);
         let Some(written) = &device.written else { return Ok(()) };
+        // Removed and made again before anybody looked.
+        let other = match device.phase {
+            Phase::Ignored => {
+                keys::written(&mut **store, &base, id)?.is_some_and(|now| now.as_ref() != Ok(written))
+            }
+            _ => device.spoke && device.own == State::Initialising,
+        };
+        if other {
+            return self.is_gone(id);
+        }
         device.frontend = state(store.read(&format!("{}/state", written.frontend))?);
         if device.is_busy() || matches!(device.phase, Phase::Ignored) {
             return Ok(());
@@ -362,12 +375,12 @@ impl Control {
         match action {
             Action::Nothing => {}
             Action::Say(state) => {
-                device.own = state;
+                (device.own, device.spoke) = (state, true);
                 tell::state(&mut **store, &base, state)?;
             }
             Action::Wait if self.leaving.is_some() => {}
             Action::Wait => {
-                (device.phase, device.own) = (Phase::Waiting, State::InitWait);
+                (device.phase, device.own, device.spoke) = (Phase::Waiting, State::InitWait, true);
                 device.succession = Succession::Fresh;
                 let direct = device.provided.as_ref().is_some_and(|provided| provided.direct);
                 tell::waiting(&mut **store, &base, &self.options, direct)?;
@@ -402,11 +415,19 @@ impl Control {
     fn provided(&mut self, id: DeviceId, result: Result<Option<Provided>, String>) -> io::Result<()> {
         let (Some(store), Some(device)) = (&mut self.store, self.devices.get_mut(&id)) else { return Ok(()) };
         let base = format!("{}/{id}", self.root);
+        // Removed, or made again as another, while the provider was asked.
+        let now = keys::written(&mut **store, &base, id)?;
+        let same = matches!((&now, &device.written), (Some(Ok(now)), Some(before)) if now == before);
+        if !same {
+            device.phase = Phase::Closed;
+            device.provided = result.ok().flatten();
+            return self.is_gone(id);
+        }
         match result {
             Ok(None) => device.phase = Phase::Ignored,
             Err(problem) => {
                 tracing::error!("{id}: {problem}");
-                device.phase = Phase::Refused;
+                (device.phase, device.spoke) = (Phase::Refused, true);
                 device.problem = Some(problem.clone());
                 tell::refused(&mut **store, &base, &problem)?;
             }
@@ -550,7 +571,7 @@ impl Control {
             if !there {
                 return self.is_gone(id);
             }
-            device.own = State::Connected;
+            (device.own, device.spoke) = (State::Connected, true);
         }
         device.succession = Succession::Fresh;
         connection.go();
@@ -564,7 +585,7 @@ impl Control {
         let (Some(store), Some(device)) = (&mut self.store, self.devices.get_mut(&id)) else { return Ok(()) };
         tracing::error!("{id}: {problem}");
         device.phase = Phase::Closed;
-        device.own = State::Closing;
+        (device.own, device.spoke) = (State::Closing, true);
         device.problem = Some(problem.clone());
         device.succession = Succession::Fresh;
         tell::failed(&mut **store, &base, &problem)?;
@@ -727,7 +748,10 @@ impl Control {
             shelf.remove(&id);
             return;
         };
-        let (Some(written), false) = (&device.written, device.phase == Phase::Ignored) else { return };
+        let (Some(written), false) = (&device.written, device.phase == Phase::Ignored) else {
+            shelf.remove(&id);
+            return;
+        };
         let request = written.request.clone();
         let connection = device.connection.as_deref();
         let provided = device.provided.as_ref();

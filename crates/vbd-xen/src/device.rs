@@ -87,11 +87,12 @@ pub(crate) fn decide(view: View) -> Action {
         (Phase::Connected, Reconfiguring | Reconfigured) => Action::Nothing,
 
         (Phase::Closed, Initialising | InitWait) => wait,
-        (Phase::Closed, Initialised) if view.online => Action::Connect,
+        // One that has failed is to be closed by its front-end first.
+        (Phase::Closed, Initialised) if view.online && view.own == Closed => Action::Connect,
         (Phase::Refused | Phase::Closed, Closing) => say(Closing),
         (Phase::Refused, _) if view.online => Action::Nothing,
-        (Phase::Refused, _) | (Phase::Closed, Closed | Unknown | Initialised) => say(Closed),
-        (Phase::Closed, Connected | Reconfiguring | Reconfigured) => Action::Nothing,
+        (Phase::Refused, _) | (Phase::Closed, Closed | Unknown) => say(Closed),
+        (Phase::Closed, Initialised | Connected | Reconfiguring | Reconfigured) => Action::Nothing,
     }
 }
 
@@ -129,6 +130,15 @@ mod tests {
         let resumed = View { renewed: true, ..view(Phase::Connected, State::Initialised, State::Connected) };
         assert_eq!(decide(resumed), Action::End);
         assert_eq!(decide(view(Phase::Connected, State::Initialising, State::Connected)), Action::End);
+    }
+
+    #[test]
+    fn a_device_that_has_failed_is_closed_by_its_front_end_first() {
+        use State::*;
+        assert_eq!(decide(view(Phase::Closed, Initialised, Closing)), Action::Nothing);
+        assert_eq!(decide(view(Phase::Closed, Connected, Closing)), Action::Nothing);
+        assert_eq!(decide(view(Phase::Closed, Closed, Closing)), Action::Say(Closed));
+        assert_eq!(decide(view(Phase::Closed, Initialised, Closed)), Action::Connect);
     }
 
     #[test]

@@ -227,9 +227,6 @@ impl Core {
         if secure || !self.limits.discard {
             return Err(Status::Unsupported);
         }
-        if self.limits.read_only {
-            return Err(Status::Error);
-        }
         let len = sectors.checked_mul(SECTOR).ok_or(Status::Error)?;
         let slot = &mut self.slots[usize::from(number)];
         (slot.offset, slot.len) = (checked_offset(sector, len)?, len);

@@ -11,6 +11,9 @@ mod abi;
 mod connect;
 mod control;
 mod device;
+#[doc(hidden)]
+pub mod fake;
+mod fuzz;
 mod indices;
 mod intake;
 mod keys;
@@ -24,8 +27,12 @@ mod server;
 mod slots;
 mod status;
 pub mod sys;
+#[cfg(test)]
+mod takeover;
 mod tell;
 
+#[doc(hidden)]
+pub use fuzz::{fuzz_ring, fuzz_store};
 pub use options::{BackendKind, DeviceId, DeviceRequest, Mode, Options, Provided, Provider};
 pub use server::{Error, Server};
 pub use status::{DeviceStatus, State};

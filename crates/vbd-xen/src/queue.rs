@@ -123,8 +123,20 @@ pub(crate) struct Queue {
     active: Cell<bool>,
     kick: RefCell<Option<Rc<Kick>>>,
     waiting: Cell<Option<OpId>>,
+    /// To stop, and whom to tell.
     stopping: RefCell<Option<SyncSender<()>>>,
     core: RefCell<Core>,
+    /// Last, so that it is dropped when all else has been given back.
+    ended: RefCell<Option<Ended>>,
+}
+
+/// Tells that a queue has gone, with its mappings and its event channel.
+struct Ended(SyncSender<()>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.try_send(());
+    }
 }
 
 impl Queue {
@@ -144,6 +156,7 @@ impl Queue {
             waiting: Cell::new(None),
             stopping: RefCell::default(),
             core: RefCell::new(setup.core),
+            ended: RefCell::default(),
         });
         QUEUES.with_borrow_mut(|queues| queues.insert(id, queue.clone()));
         let kick = Rc::new(Kick { queue: queue.clone(), file: local.file(queue.event.descriptor()) });
@@ -258,7 +271,7 @@ impl Queue {
         if !stopping || self.core.borrow().out > 0 {
             return;
         }
-        let done = self.stopping.borrow_mut().take();
+        *self.ended.borrow_mut() = self.stopping.borrow_mut().take().map(Ended);
         self.core.borrow_mut().paused = true;
         *self.kick.borrow_mut() = None;
         if let Some(id) = self.waiting.take() {
@@ -267,9 +280,6 @@ impl Queue {
         // With the channel goes its hold on the session, and with the last of them the lease.
         *self.channel.borrow_mut() = None;
         QUEUES.with_borrow_mut(|queues| queues.remove(&self.id));
-        if let Some(done) = done {
-            let _ = done.try_send(());
-        }
     }
 
     #[cold]
