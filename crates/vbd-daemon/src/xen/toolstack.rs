@@ -37,10 +37,12 @@ pub(super) fn attach(domain: &str, config: &DiskConfig) -> Result<(), Fault> {
 /// Takes a device from its domain. Forced, even while the domain uses it.
 pub(super) fn detach(id: &DeviceId, force: bool) -> Result<(), Fault> {
     let (domid, devid) = (id.domid.to_string(), id.devid.to_string());
-    let mut arguments = vec!["block-detach", &domid, &devid];
+    let mut arguments = vec!["block-detach"];
     if force {
+        // Options after the domain are not read.
         arguments.push("--force");
     }
+    arguments.extend([domid.as_str(), devid.as_str()]);
     xl(&arguments)
 }
 
