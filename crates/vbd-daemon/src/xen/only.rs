@@ -48,7 +48,7 @@ impl OnlyOne {
         }
         let note = || {
             lock.set_len(0)?;
-            lock.write_all_at(std::process::id().to_string().as_bytes(), 0)
+            lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0)
         };
         note().map_err(failed)?;
         Ok(OnlyOne { _lock: lock })
