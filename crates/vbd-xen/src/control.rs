@@ -427,9 +427,16 @@ impl Control {
             Ok(None) => device.phase = Phase::Ignored,
             Err(problem) => {
                 tracing::error!("{id}: {problem}");
-                (device.phase, device.spoke) = (Phase::Refused, true);
+                device.phase = Phase::Refused;
                 device.problem = Some(problem.clone());
-                tell::refused(&mut **store, &base, &problem)?;
+                let state = store.read(&format!("{base}/state"))?;
+                if state.is_some_and(|state| State::parse(&state) == State::Connected) {
+                    // Its domain waits for answers: the next server may be able to give them.
+                    tell::stranded(&mut **store, &base, &problem)?;
+                } else {
+                    device.spoke = true;
+                    tell::refused(&mut **store, &base, &problem)?;
+                }
             }
             Ok(Some(provided)) => {
                 device.phase = Phase::Waiting;

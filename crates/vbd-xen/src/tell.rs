@@ -49,6 +49,11 @@ pub(crate) fn refused(store: &mut dyn Store, base: &str, problem: &str) -> io::R
     write(store, base, &keys).map(|_| ())
 }
 
+/// A device that another server had connected cannot be served. Its state stays what it is.
+pub(crate) fn stranded(store: &mut dyn Store, base: &str, problem: &str) -> io::Result<()> {
+    write(store, base, &[("error", shorten(problem))]).map(|_| ())
+}
+
 /// The device has failed; its domain is to close it.
 pub(crate) fn failed(store: &mut dyn Store, base: &str, problem: &str) -> io::Result<()> {
     write(store, base, &[("error", shorten(problem)), says(State::Closing)]).map(|_| ())
