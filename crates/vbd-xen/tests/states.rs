@@ -109,6 +109,27 @@ fn a_front_end_that_says_connected_at_once() {
 }
 
 #[test]
+fn another_back_end_was_quicker() {
+    // The kernel's says that it waits, and what it offers, before it is made to let go.
+    let bench = Bench::new();
+    let theirs = [
+        ("state", "2"),
+        ("multi-queue-max-queues", "1"),
+        ("max-ring-page-order", "4"),
+        ("feature-max-indirect-segments", "64"),
+    ];
+    create(&bench.hypervisor, ID, &theirs);
+    bench.wait_back("feature-persistent", "1");
+    bench.wait_back("hotplug-status", "connected");
+    assert_eq!(bench.back("multi-queue-max-queues").as_deref(), Some("4"));
+    assert_eq!(bench.back("feature-max-indirect-segments").as_deref(), Some("256"));
+    let mut front =
+        Frontend::new(&bench.hypervisor, ID, Shape { order: 4, queues: 2, persistent: true, ..PLAIN });
+    front.connect();
+    check(&mut front, 1);
+}
+
+#[test]
 fn a_device_is_unplugged_while_in_use() {
     let bench = Bench::new();
     let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
