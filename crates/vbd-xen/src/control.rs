@@ -63,6 +63,8 @@ impl Mail {
     }
 }
 
+/// The longest ring has 2 to this many pages.
+pub(crate) const MOST_ORDER: u8 = 4;
 /// After a disk could not be opened, or xenstore was lost, the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
 /// A front-end that connects more often than this has to wait ...
@@ -158,7 +160,7 @@ impl Control {
         shelf: Shelf,
     ) -> Control {
         options.queues = options.queues.max(1);
-        options.ring_page_order = options.ring_page_order.min(4);
+        options.ring_page_order = options.ring_page_order.min(MOST_ORDER);
         options.indirect_segments = options.indirect_segments.min(crate::abi::MOST_INDIRECT);
         Control {
             platform,
@@ -427,9 +429,16 @@ impl Control {
             Ok(None) => device.phase = Phase::Ignored,
             Err(problem) => {
                 tracing::error!("{id}: {problem}");
-                (device.phase, device.spoke) = (Phase::Refused, true);
+                device.phase = Phase::Refused;
                 device.problem = Some(problem.clone());
-                tell::refused(&mut **store, &base, &problem)?;
+                let state = store.read(&format!("{base}/state"))?;
+                if state.is_some_and(|state| State::parse(&state) == State::Connected) {
+                    // Its domain waits for answers: the next server may be able to give them.
+                    tell::stranded(&mut **store, &base, &problem)?;
+                } else {
+                    device.spoke = true;
+                    tell::refused(&mut **store, &base, &problem)?;
+                }
             }
             Ok(Some(provided)) => {
                 device.phase = Phase::Waiting;
@@ -447,6 +456,11 @@ impl Control {
                     None if connected => Succession::Unrecorded,
                     _ => Succession::Fresh,
                 };
+                if device.succession == Succession::Fresh {
+                    // Even where somebody has said so already: the kernel's back-end is quick, and offers other things.
+                    let direct = device.provided.as_ref().is_some_and(|provided| provided.direct);
+                    tell::offers(&mut **store, &base, &self.options, direct)?;
+                }
                 tell::ready(&mut **store, &base, id.kind)?;
             }
         }

@@ -215,7 +215,7 @@ fn run(moves: &[Move], persistent: bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_is_answered_once(moves in moves(), persistent in any::<bool>()) {

@@ -49,6 +49,11 @@ pub(crate) fn refused(store: &mut dyn Store, base: &str, problem: &str) -> io::R
     write(store, base, &keys).map(|_| ())
 }
 
+/// A device that another server had connected cannot be served. Its state stays what it is.
+pub(crate) fn stranded(store: &mut dyn Store, base: &str, problem: &str) -> io::Result<()> {
+    write(store, base, &[("error", shorten(problem))]).map(|_| ())
+}
+
 /// The device has failed; its domain is to close it.
 pub(crate) fn failed(store: &mut dyn Store, base: &str, problem: &str) -> io::Result<()> {
     write(store, base, &[("error", shorten(problem)), says(State::Closing)]).map(|_| ())
@@ -59,8 +64,19 @@ fn shorten(text: &str) -> String {
     text.chars().take(500).collect()
 }
 
-/// This end waits for the front-end, which may use this.
+/// This end waits for the front-end, which may use what is offered.
 pub(crate) fn waiting(store: &mut dyn Store, base: &str, options: &Options, direct: bool) -> io::Result<()> {
+    let mut keys = offered(options, direct);
+    keys.push(says(State::InitWait));
+    write(store, base, &keys).map(|_| ())
+}
+
+/// What front-ends may use.
+pub(crate) fn offers(store: &mut dyn Store, base: &str, options: &Options, direct: bool) -> io::Result<()> {
+    write(store, base, &offered(options, direct)).map(|_| ())
+}
+
+fn offered(options: &Options, direct: bool) -> Vec<(&'static str, String)> {
     // Pages that stay mapped are of use where the storage works on them.
     let persistent = direct && options.persistent_grants > 0;
     let mut keys = vec![
@@ -71,8 +87,7 @@ pub(crate) fn waiting(store: &mut dyn Store, base: &str, options: &Options, dire
     if options.indirect_segments > 0 {
         keys.push(("feature-max-indirect-segments", options.indirect_segments.to_string()));
     }
-    keys.push(says(State::InitWait));
-    write(store, base, &keys).map(|_| ())
+    keys
 }
 
 /// What front-ends were told they may use: perhaps by a server before this one, with other settings.
@@ -88,8 +103,11 @@ pub(crate) fn told(store: &mut dyn Store, base: &str, options: &Options) -> io::
         let value = store.read(&format!("{base}/{name}"))?;
         Ok(value.and_then(|value| number(&value, 0, most)).unwrap_or(otherwise))
     };
-    let queues = key("multi-queue-max-queues", 1024, options.queues.into())?.max(1);
-    let order = key("max-ring-page-order", 4, options.ring_page_order.into())?;
+    // A front-end may have chosen before the offer of the kernel's back-end was replaced: that is one queue a processor.
+    let processors =
+        std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
+    let queues = key("multi-queue-max-queues", 1024, 1)?.max(options.queues.into()).max(processors);
+    let order = u32::from(crate::control::MOST_ORDER);
     let persistent = key("feature-persistent", 1, 0)? == 1;
     let indirect = key("feature-max-indirect-segments", crate::abi::MOST_INDIRECT.into(), 0)?;
     Ok(Told { bounds: Bounds { queues, order }, persistent, indirect: u16::try_from(indirect).unwrap_or(0) })

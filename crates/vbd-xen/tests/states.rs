@@ -109,6 +109,27 @@ fn a_front_end_that_says_connected_at_once() {
 }
 
 #[test]
+fn another_back_end_was_quicker() {
+    // The kernel's says that it waits, and what it offers, before it is made to let go.
+    let bench = Bench::new();
+    let theirs = [
+        ("state", "2"),
+        ("multi-queue-max-queues", "1"),
+        ("max-ring-page-order", "4"),
+        ("feature-max-indirect-segments", "64"),
+    ];
+    create(&bench.hypervisor, ID, &theirs);
+    bench.wait_back("feature-persistent", "1");
+    bench.wait_back("hotplug-status", "connected");
+    assert_eq!(bench.back("multi-queue-max-queues").as_deref(), Some("4"));
+    assert_eq!(bench.back("feature-max-indirect-segments").as_deref(), Some("256"));
+    let mut front =
+        Frontend::new(&bench.hypervisor, ID, Shape { order: 4, queues: 2, persistent: true, ..PLAIN });
+    front.connect();
+    check(&mut front, 1);
+}
+
+#[test]
 fn a_device_is_unplugged_while_in_use() {
     let bench = Bench::new();
     let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
@@ -359,4 +380,46 @@ fn without_a_record_only_empty_rings_are_taken_over() {
             check(&mut front, 2);
         }
     }
+}
+
+#[test]
+fn a_successor_without_the_disk_leaves_the_device_to_the_next() {
+    let mut bench = Bench::new();
+    let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
+    bench.disk.hold.store(true, Ordering::SeqCst);
+    let segments = front.fill(&pattern(2, 4096));
+    let id = front.fresh_id();
+    front.put(0, WRITE, id, 100, &segments);
+    front.push(0);
+    eventually("it is in flight", || bench.status().in_flight == 1);
+    bench.server.take().unwrap().leave();
+    bench.disk.hold.store(false, Ordering::SeqCst);
+    *bench.giver.answer.lock().unwrap() = Answer::Refusal("not mounted yet".into());
+    bench.serve();
+    bench.wait_back("error", "not mounted yet");
+    bench.server.take().unwrap().leave();
+    assert_eq!(bench.back("state").as_deref(), Some("4"));
+    *bench.giver.answer.lock().unwrap() = Answer::Disk;
+    bench.serve();
+    assert_eq!(front.wait(0, id), OK);
+}
+
+#[test]
+fn a_successor_waits_for_the_lease() {
+    let mut bench = Bench::new();
+    let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
+    bench.disk.hold.store(true, Ordering::SeqCst);
+    let segments = front.fill(&pattern(2, 4096));
+    let id = front.fresh_id();
+    front.put(0, WRITE, id, 100, &segments);
+    front.push(0);
+    eventually("it is in flight", || bench.status().in_flight == 1);
+    bench.server.take().unwrap().leave();
+    bench.disk.hold.store(false, Ordering::SeqCst);
+    bench.disk.busy.store(true, Ordering::SeqCst);
+    bench.serve();
+    eventually("it has been tried", || bench.status().problem.is_some());
+    bench.disk.busy.store(false, Ordering::SeqCst);
+    assert_eq!(front.wait(0, id), OK);
+    assert!(front.read(0, 100, 4096) == pattern(2, 4096));
 }

@@ -261,3 +261,7 @@ impl Store for Connection {
         self.fd.as_fd()
     }
 }
+
+#[cfg(test)]
+#[path = "xenstore_tests.rs"]
+mod tests;
