@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use vbd_daemon::config::{
-    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig, Vdev, VdevError,
+    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig, Ublk, Vdev,
+    VdevError,
 };
 use vbd_daemon::xen;
 
@@ -26,12 +27,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<NbdAddress>,
     /// Give it to a Xen domain that runs here, as this device (vm1,xvdb), until this process stops
-    #[arg(long, value_name = "DOMAIN,VDEV", conflicts_with_all = ["vhost_user", "nbd"])]
+    #[arg(long, value_name = "DOMAIN,VDEV", conflicts_with_all = ["vhost_user", "nbd", "ublk"])]
     xen: Option<Place>,
+    /// Make it a block device of this host, /dev/ublkbN: of this number, or any (Linux 6.0). The device that a killed
+    /// vbd has left waiting is taken up again
+    #[arg(long, value_name = "N", num_args = 0..=1, value_parser = clap::value_parser!(u32).range(..=i64::from(Ublk::MAX)))]
+    #[expect(clippy::option_option, reason = "not said, said, said with a number")]
+    ublk: Option<Option<u32>>,
     /// Guests can only read
     #[arg(long)]
     read_only: bool,
-    /// Queues offered to a vhost-user guest
+    /// Queues offered to a vhost-user guest, or of the block device
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(Limits::MAX_QUEUES)))]
     queues: Option<u16>,
     /// Use of the host's page cache: none (O_DIRECT), writeback, writethrough
@@ -89,8 +95,8 @@ impl FromStr for Place {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let listeners = vbd_daemon::passed_listeners().map_err(UsageError)?;
     let exported = !args.nbd.is_empty() || !listeners.is_empty();
-    if args.vhost_user.is_none() && !exported && args.xen.is_none() {
-        let message = "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK, --nbd HOST:PORT or --xen DOMAIN,VDEV";
+    if args.vhost_user.is_none() && !exported && args.ublk.is_none() && args.xen.is_none() {
+        let message = "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK, --nbd HOST:PORT, --ublk or --xen DOMAIN,VDEV";
         return Err(UsageError(message.to_owned()).into());
     }
     if args.tls_cert.is_some() && !exported {
@@ -121,6 +127,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         let options = xen::Options::new(xen::Serves::Configured { attach: true });
         xen::Options { queues: args.queues.unwrap_or(options.queues), ..options }
     });
+    disk.ublk = args.ublk.map(|number| number.map_or(Ublk::Any, Ublk::Number));
 
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| TlsConfig {
         certificate,
