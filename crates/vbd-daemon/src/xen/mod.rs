@@ -8,7 +8,7 @@ mod handover;
 mod only;
 mod provider;
 mod storage;
-mod target;
+pub(crate) mod target;
 mod toolstack;
 
 use std::os::unix::fs::DirBuilderExt;

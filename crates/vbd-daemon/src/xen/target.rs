@@ -6,13 +6,13 @@ use crate::config::Format;
 
 /// A device's target, read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Target {
+pub(crate) struct Target {
     /// The file or block device; its path is absolute.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Its format.
-    pub(super) format: Format,
+    pub(crate) format: Format,
     /// `w!:` in front of it: write although others may, which xl has no other way to say.
-    pub(super) forced: bool,
+    pub(crate) forced: bool,
 }
 
 /// Prefixes that say nothing: of xend, of libxl for its device model, and the own one.
@@ -22,7 +22,7 @@ const IGNORED: [&str; 6] = ["vbd", "file", "phy", "aio", "tap", "host"];
 ///
 /// # Errors
 /// The text for people that says what to write instead.
-pub(super) fn parse(params: &str) -> Result<Target, String> {
+pub(crate) fn parse(params: &str) -> Result<Target, String> {
     let mut target = Target { path: PathBuf::new(), format: Format::Raw, forced: false };
     let mut rest = params;
     while !rest.starts_with('/') {
