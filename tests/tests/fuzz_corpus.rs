@@ -18,6 +18,7 @@ const TARGETS: [Target; 9] = [
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
     ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),
+    ("xen_target", config::fuzz::xen_target),
     ("xl_disk", config::fuzz::xl_disk),
 ];
 
