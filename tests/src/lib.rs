@@ -16,6 +16,7 @@ mod scratch;
 mod server;
 mod tools;
 mod transcript;
+mod xen;
 
 pub use cpu::cpu_time;
 pub use guest::{Disk, Drive, Guest, Machine, Outcome};
@@ -27,3 +28,4 @@ pub use scratch::{Scratch, allocated};
 pub use server::{Attach, Server};
 pub use tools::tools_disk;
 pub use transcript::Transcript;
+pub use xen::XenLab;

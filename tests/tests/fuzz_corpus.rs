@@ -9,7 +9,7 @@ use vbd_daemon::config;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 9] = [
+const TARGETS: [Target; 12] = [
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
     ("nbd_commands", vbd_nbd::fuzz::commands),
@@ -18,6 +18,9 @@ const TARGETS: [Target; 9] = [
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
     ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),
+    ("xen_ring", vbd_xen::fuzz_ring),
+    ("xen_store", vbd_xen::fuzz_store),
+    ("xen_target", config::fuzz::xen_target),
     ("xl_disk", config::fuzz::xl_disk),
 ];
 

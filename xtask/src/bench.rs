@@ -13,6 +13,7 @@ mod results;
 mod rounds;
 mod targets;
 mod ublk;
+mod xen;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,7 +30,8 @@ pub(crate) struct Args {
     /// Short runs, few of them: to see that everything works
     #[arg(long)]
     quick: bool,
-    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`, `ublk`; several with commas
+    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`, `ublk`; several with commas. `xen`
+    /// alone compares with Xen's own back-ends on an emulated machine, which nothing else does
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
     /// Only the peers whose name contains one of these: `file`, `qsd`, `vbd`
@@ -87,6 +89,9 @@ impl Plan {
 /// Runs it.
 pub(crate) fn run(args: &Args) -> Result<()> {
     crate::setup::run()?;
+    if args.only == ["xen"] {
+        return xen::run(args);
+    }
     let dir = args.dir.clone().unwrap_or_else(|| vbd_tests::target_dir().join("bench"));
     let tools = Tools {
         vbd: args.vbd.clone().map_or_else(|| crate::test::build("vbd", "release"), Ok)?,

@@ -8,8 +8,11 @@ use anyhow::{Context, Result, bail};
 /// Which tests to run.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only tests whose name contains this; `guests` means the end-to-end tests alone
+    /// Only tests whose name contains this; `guests` means the end-to-end tests alone, `xen` those of them that boot Xen
     filter: Option<String>,
+    /// Only those of `guests` or `xen` whose name contains this
+    #[arg(requires = "filter")]
+    name: Option<String>,
 }
 
 /// Builds everything, then runs the tests: examples in the documentation first, the rest with nextest
@@ -20,13 +23,21 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     crate::setup::run()?;
     let vbd = build("vbd", "dev")?;
-    let filter = match args.filter.as_deref() {
+    let mut filter = match args.filter.as_deref() {
         None => vec!["--workspace"],
         Some("guests") => vec!["--package", "vbd-tests"],
+        Some("xen") => vec!["--package", "vbd-tests", "--test", "xen"],
         Some(filter) => vec!["--workspace", filter],
     };
+    filter.extend(args.name.as_deref());
+    if matches!(args.filter.as_deref(), None | Some("guests" | "xen")) {
+        println!("test: the machine with Xen (about a minute the first time)");
+        vbd_tests::XenLab::get()?;
+    }
+    // The examples in the documentation are the libraries': one kind of test has none.
+    let whole = args.filter.as_deref() != Some("xen");
     let has_nextest = cargo(&["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
-    if has_nextest {
+    if has_nextest && whole {
         run_to_end(cargo(&["test", "--locked", "--quiet", "--doc"]).args(&filter))?;
     }
     let runner: &[&str] = if has_nextest { &["nextest", "run"] } else { &["test"] };
@@ -41,6 +52,16 @@ pub(crate) fn build(package: &str, profile: &str) -> Result<std::path::PathBuf> 
     run_to_end(&mut cargo(&["build", "--locked", "--package", package, "--profile", profile]))?;
     let dir = if profile == "dev" { "debug" } else { profile };
     Ok(vbd_tests::target_dir().join(dir).join(package))
+}
+
+/// Builds the command `package` as [`build`] does, for release and linked statically, for guests without libraries.
+///
+/// # Errors
+/// When it does not build.
+pub(crate) fn build_static(package: &str) -> Result<std::path::PathBuf> {
+    let arguments = ["rustc", "--locked", "--package", package, "--release", "--bin", package, "--"];
+    run_to_end(cargo(&arguments).args(["-C", "target-feature=+crt-static"]))?;
+    Ok(vbd_tests::target_dir().join("release").join(package))
 }
 
 /// The cargo that runs this, with `arguments`.

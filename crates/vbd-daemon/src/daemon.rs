@@ -33,6 +33,8 @@ pub struct Options {
     pub incoming: bool,
     /// How long a clean stop may take.
     pub stop_within: Duration,
+    /// Serving Xen's domains, if it is asked for.
+    pub xen: Option<crate::xen::Options>,
 }
 
 /// Why nothing is served: everything that was found to be wrong.
@@ -126,6 +128,7 @@ impl Daemon {
             options.listeners,
             options.incoming,
             options.stop_within,
+            options.xen,
         )?;
         let supervisor = Arc::new(supervisor);
         Ok(Daemon { control, signals, runtime, supervisor, ready, stop_within: options.stop_within })

@@ -9,6 +9,7 @@ mod daemon;
 mod fault;
 mod service;
 mod supervisor;
+pub mod xen;
 
 pub use daemon::{Daemon, Options, StartError};
 pub use fault::{Fault, FaultKind};

@@ -41,6 +41,21 @@ pub fn xl_disk(bytes: &[u8]) {
     }
 }
 
+/// The reader of what the toolstack says that a Xen device is to serve: an absolute path, out of the text.
+///
+/// # Panics
+/// If it breaks a promise.
+pub fn xen_target(bytes: &[u8]) {
+    let Ok(params) = std::str::from_utf8(bytes) else { return };
+    match crate::xen::target::parse(params) {
+        Ok(target) => {
+            assert!(target.path.is_absolute(), "{target:?}");
+            assert!(target.path.to_str().is_some_and(|path| params.ends_with(path)), "{target:?}");
+        }
+        Err(message) => assert!(!message.is_empty()),
+    }
+}
+
 fn promises(text: &str, read: Result<Config, ConfigError>) {
     match read {
         Ok(config) => {

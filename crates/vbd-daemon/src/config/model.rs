@@ -192,6 +192,8 @@ pub struct DiskConfig {
     pub access: Access,
     /// What a Xen guest calls it.
     pub vdev: Option<Vdev>,
+    /// The Xen domain, by name or number, that is served the disk as `vdev`; none when none is.
+    pub xen: Option<String>,
     /// Whether the guest is to see a CD drive.
     pub cdrom: bool,
     /// How the host's page cache and the guest's flushes are used.
@@ -232,6 +234,7 @@ impl DiskConfig {
             format: Format::Raw,
             access: Access::ReadWrite,
             vdev: None,
+            xen: None,
             cdrom: false,
             cache: CacheMode::None,
             queues: None,

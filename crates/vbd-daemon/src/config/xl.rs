@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use super::error::{ConfigError, Source};
-use super::model::{Config, DiskConfig, Domain, Format, NbdAddress, NbdConfig};
+use super::model::{Access, Config, DiskConfig, Domain, Format, NbdAddress, NbdConfig};
 use super::xl_disk::{self, DiskFormat, DiskSpec};
 use super::xl_grammar::{self, Setting, Text, Value};
 use super::{check, vhost_user_socket};
@@ -99,12 +99,20 @@ fn disk(
 ) -> Result<Option<DiskConfig>, ConfigError> {
     let place = |offset| text.source_offset(source.text, offset);
     let spec = xl_disk::parse(&text.value).map_err(|e| source.error(place(e.offset), e.message))?;
-    if let Some(script) = &spec.script {
-        let message = format!(
-            "script `{script}` would make sense of the target, and vbd runs no scripts: name a file or a device"
-        );
-        return Err(source.error(place(spec.places.script), message));
-    }
+    // Its own script makes no sense of a target but the one that a device's has.
+    let own = match &spec.script {
+        Some(script) if script.rsplit('/').next() == Some(crate::xen::SCRIPT) => {
+            let read = crate::xen::target::parse(&spec.target);
+            Some(read.map_err(|message| source.error(place(spec.places.target), message))?)
+        }
+        Some(script) => {
+            let message = format!(
+                "script `{script}` would make sense of the target, and vbd runs no scripts: name a file or a device"
+            );
+            return Err(source.error(place(spec.places.script), message));
+        }
+        None => None,
+    };
     if spec.is_empty() {
         let message = format!("{} is an empty drive: nothing is served for it", spec.vdev);
         config.warnings.push(source.warning(place(0), message));
@@ -118,10 +126,15 @@ fn disk(
         }
     };
     warn(&spec, source, config, place);
+    let (path, forced) = own.map_or_else(|| (spec.path(), false), |target| (target.path, target.forced));
+    let access = match spec.access() {
+        Access::ReadWrite if forced => Access::ReadWriteForce,
+        access => access,
+    };
     let name = format!("{domain}-{}", spec.vdev);
     Ok(Some(DiskConfig {
         format,
-        access: spec.access(),
+        access,
         vdev: Some(spec.vdev),
         cdrom: spec.cdrom,
         vhost_user: Some(vhost_user_socket(&config.runtime_dir, &name)),
@@ -129,13 +142,13 @@ fn disk(
         discard: spec.discard.unwrap_or(true),
         direct_io_safe: spec.direct_io_safe,
         position: Some(source.position(place(0))),
-        ..DiskConfig::new(name, spec.path())
+        ..DiskConfig::new(name, path)
     }))
 }
 
 fn warn(spec: &DiskSpec, source: &Source<'_>, config: &mut Config, place: impl Fn(usize) -> usize) {
     let mut warn = |offset, message| config.warnings.push(source.warning(place(offset), message));
-    if !spec.target.starts_with('/') {
+    if !spec.target.starts_with('/') && spec.script.is_none() {
         let message = format!(
             "a relative target is below /dev, as for xl: `{}` is {}",
             spec.target.escape_debug(),
@@ -143,7 +156,7 @@ fn warn(spec: &DiskSpec, source: &Source<'_>, config: &mut Config, place: impl F
         );
         warn(spec.places.target, message);
     }
-    if spec.cdrom && spec.access.is_some_and(super::Access::is_writable) {
+    if spec.cdrom && spec.access.is_some_and(Access::is_writable) {
         warn(spec.places.access, "a CD drive is read-only, whatever is asked for".to_owned());
     }
     if let Some(backend) = spec.backend.as_ref().filter(|b| !matches!(b.as_str(), "0" | "Domain-0")) {

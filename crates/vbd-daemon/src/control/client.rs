@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo};
+use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
 use crate::{Fault, FaultKind};
 
 /// How long an answer may take: stopping a disk is the slowest, and it is bounded by the server.
@@ -72,6 +72,11 @@ impl Client {
     /// All its disks.
     pub fn disks(&self) -> Result<Vec<DiskInfo>, ClientError> {
         self.ask(Method::GET, "/v1/disks", None::<&()>)
+    }
+
+    /// The devices of Xen's domains; none where the process does not serve any domain.
+    pub fn xen(&self) -> Result<Option<Vec<XenDevice>>, ClientError> {
+        self.ask(Method::GET, "/v1/xen", None::<&()>)
     }
 
     /// One disk with its counters.

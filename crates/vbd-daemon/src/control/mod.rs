@@ -70,9 +70,9 @@ impl DiskInfo {
 /// A way to a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrontEndInfo {
-    /// `vhost-user`, `nbd` or `ublk`.
+    /// `vhost-user`, `nbd`, `xen` or `ublk`.
     pub kind: String,
-    /// A socket's path, `unix:PATH`, `HOST:PORT`, or a block device.
+    /// A socket's path, `unix:PATH`, `HOST:PORT`, `DOMAIN,DEVICE`, or a block device.
     pub address: String,
     /// The NBD export's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,6 +80,54 @@ pub struct FrontEndInfo {
     /// How many guests or clients use it now.
     pub clients: usize,
     /// What went wrong last, and has not gone right since: a guest that cannot have the lease, for example.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A device of a Xen domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XenDevice {
+    /// The domain's name, where known.
+    pub domain: Option<String>,
+    /// The domain's number.
+    pub domid: u16,
+    /// The domain's name for the device, or its number: `xvda`.
+    pub device: String,
+    /// Its directory below `backend` in xenstore: `vbd/1/51712`.
+    pub backend: String,
+    /// The toolstack's UUID of the domain, where known.
+    pub vm: Option<String>,
+    /// The name of its disk; empty where it has none.
+    pub disk: String,
+    /// What is to be served, as the toolstack wrote it.
+    pub params: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether requests are served.
+    pub connected: bool,
+    /// The state of this end.
+    pub state: String,
+    /// The state of the domain's end.
+    pub frontend: String,
+    /// The layout of the ring; empty while not connected.
+    pub abi: String,
+    /// Features in use, by their names in xenstore.
+    pub features: Vec<String>,
+    /// Queues in use.
+    pub queues: u16,
+    /// Pages of each queue's ring.
+    pub ring_pages: u32,
+    /// Pages of the domain that are mapped now.
+    pub grants_mapped: u64,
+    /// Those of them that stay mapped between requests.
+    pub grants_persistent: u64,
+    /// Requests answered since it connected.
+    pub requests: u64,
+    /// Those answered with an error.
+    pub errors: u64,
+    /// Requests taken and not yet answered.
+    pub in_flight: u64,
+    /// Why it is not connected, where it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }

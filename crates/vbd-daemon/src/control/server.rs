@@ -17,7 +17,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo};
+use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
 use crate::{Fault, FaultKind, Supervisor};
 
 /// The control socket of this process. Its file goes when it is dropped.
@@ -113,6 +113,7 @@ type Server = State<Arc<Supervisor>>;
 fn router(supervisor: Arc<Supervisor>) -> Router {
     Router::new()
         .route("/v1/process", get(process))
+        .route("/v1/xen", get(xen))
         .route("/v1/disks", get(list).post(add))
         .route("/v1/disks/{name}", get(stat))
         .route("/v1/disks/{name}/grow", post(grow))
@@ -136,6 +137,10 @@ async fn list(State(supervisor): Server) -> Answer<Vec<DiskInfo>> {
 
 async fn stat(State(supervisor): Server, Segment(name): Segment<String>) -> Answer<DiskStat> {
     blocking(move || supervisor.stat(&name)).await
+}
+
+async fn xen(State(supervisor): Server) -> Answer<Option<Vec<XenDevice>>> {
+    blocking(move || Ok(supervisor.xen())).await
 }
 
 async fn add(State(supervisor): Server, disk: Asked<NewDisk>) -> Answer<DiskInfo> {

@@ -12,22 +12,28 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 
 use crate::config::{Config, DiskConfig, Limits};
-use crate::control::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo};
+use crate::control::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
 use crate::daemon::StartError;
 use crate::service::Listener;
+use crate::xen::{self, Face, Xen};
 use crate::{Fault, FaultKind};
 
-use front::Exports;
+use front::{Clients, Exports};
 use reactors::Reactors;
-use served::Served;
+pub(crate) use served::{LEASE_WAIT, Served, open as open_disk};
 use vbd_ublk::Ending;
 
 /// How many disks are stopped at the same time.
 const STOPPERS: usize = 16;
 
+/// The disks that a process serves, by name.
+pub(crate) type Disks = RwLock<BTreeMap<String, Arc<Served>>>;
+
 /// All disks of one process. Every method may block, so none is to be called on a reactor.
 pub struct Supervisor {
-    disks: RwLock<BTreeMap<String, Arc<Served>>>,
+    disks: Arc<Disks>,
+    /// Xen's domains, where they are served.
+    xen: Option<Xen>,
     /// Held while a disk is added, so that a name or a socket is judged free once.
     adding: Mutex<()>,
     exports: Exports,
@@ -52,6 +58,7 @@ impl Supervisor {
         listeners: Vec<Listener>,
         incoming: bool,
         stop_within: Duration,
+        xen: Option<xen::Options>,
     ) -> Result<(Self, Vec<DiskInfo>), StartError> {
         let reactors = Reactors::start(config.reactors, &settings)?;
         let mut faults = Vec::new();
@@ -65,8 +72,9 @@ impl Supervisor {
             }
         }
         let exports = Exports::bind(config.nbd, listeners, &reactors, &mut faults);
-        let supervisor = Supervisor {
-            disks: RwLock::default(),
+        let mut supervisor = Supervisor {
+            disks: Arc::default(),
+            xen: None,
             adding: Mutex::default(),
             exports,
             limits: config.limits,
@@ -83,9 +91,18 @@ impl Supervisor {
                 Err(fault) => faults.push(fault),
             }
         }
+        if let Some(xen) = xen.filter(|_| faults.is_empty()) {
+            match Xen::start(xen, supervisor.reactors.handles(), supervisor.disks.clone()) {
+                Ok(xen) => {
+                    faults.extend(xen.attach(&ready).err());
+                    supervisor.xen = Some(xen);
+                }
+                Err(fault) => faults.push(fault),
+            }
+        }
         if faults.is_empty() {
-            let clients = supervisor.exports.clients();
-            let ready = ready.iter().map(|disk| disk.info(&clients)).collect();
+            let users = supervisor.users();
+            let ready = ready.iter().map(|disk| disk.info(&users)).collect();
             return Ok((supervisor, ready));
         }
         // What could not be stopped is of no interest beside why nothing was started.
@@ -114,8 +131,20 @@ impl Supervisor {
     /// All disks, by name.
     pub fn list(&self) -> Vec<DiskInfo> {
         let disks: Vec<_> = self.read().values().cloned().collect();
-        let clients = self.exports.clients();
-        disks.iter().map(|disk| disk.info(&clients)).collect()
+        let users = self.users();
+        disks.iter().map(|disk| disk.info(&users)).collect()
+    }
+
+    /// The devices of Xen's domains; none where they are not served.
+    pub fn xen(&self) -> Option<Vec<XenDevice>> {
+        self.xen.as_ref().map(|xen| xen.devices().into_iter().map(xen::describe).collect())
+    }
+
+    fn users(&self) -> Users {
+        Users {
+            clients: self.exports.clients(),
+            xen: self.xen.as_ref().map(Xen::devices).unwrap_or_default(),
+        }
     }
 
     /// A disk with its counters.
@@ -123,7 +152,7 @@ impl Supervisor {
     /// # Errors
     /// No disk has this name.
     pub fn stat(&self, name: &str) -> Result<DiskStat, Fault> {
-        Ok(self.get(name)?.stat(&self.exports.clients()))
+        Ok(self.get(name)?.stat(&self.users()))
     }
 
     /// Makes a disk larger and tells its guests.
@@ -152,7 +181,7 @@ impl Supervisor {
             }
             return Err(stopping());
         }
-        Ok(served.info(&self.exports.clients()))
+        Ok(served.info(&self.users()))
     }
 
     fn check_room(&self, config: &DiskConfig) -> Result<(), Fault> {
@@ -179,16 +208,28 @@ impl Supervisor {
     /// # Errors
     /// No disk has this name, guests use it and it was not forced, or it did not stop cleanly (it is gone all the same).
     pub fn detach(&self, name: &str, how: Detach) -> Result<(), Fault> {
+        let users = self.users();
         let disk = {
             let mut disks = self.write();
             let disk = disks.get(name).ok_or_else(|| Fault::unknown(name))?;
-            let clients = disk.info(&self.exports.clients()).clients();
+            let clients = disk.info(&users).clients();
             if clients > 0 && !how.force {
                 let message = format!(
                     "`{name}` is in use by {clients} {}: disconnect first, or take it away all the same with --force",
                     if clients == 1 { "guest or client" } else { "guests or clients" }
                 );
                 return Err(Fault::new(FaultKind::Busy, message));
+            }
+            // The toolstack takes the device away, and the disk goes with it.
+            if let Some((xen, id)) = self.xen.as_ref().zip(disk.xen().and_then(Face::device)) {
+                let transient = disk.xen().is_some_and(|face| face.transient);
+                drop(disks);
+                xen.detach(&id, how.force)?;
+                if transient {
+                    self.changed.notify_one();
+                    return Ok(());
+                }
+                disks = self.write();
             }
             disks.remove(name)
         };
@@ -211,6 +252,7 @@ impl Supervisor {
     pub(crate) fn stop(&self, within: Duration) -> Result<(), StartError> {
         let deadline = Instant::now() + within;
         self.stopping.store(true, Ordering::SeqCst);
+        let left_domains = self.xen.as_ref().map_or(Ok(()), Xen::stop);
         let disks = std::mem::take(&mut *self.write());
         let faults = Mutex::new(Vec::new());
         let note = |result: Result<(), Fault>| {
@@ -218,6 +260,7 @@ impl Supervisor {
                 faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
             }
         };
+        note(left_domains);
         let left = || deadline.saturating_duration_since(Instant::now());
         let threads = disks.len().min(STOPPERS);
         let waiting = Mutex::new(disks.into_values());
@@ -247,6 +290,12 @@ impl Supervisor {
     fn write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Arc<Served>>> {
         self.disks.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Who uses the disks now.
+pub(crate) struct Users {
+    clients: Clients,
+    xen: Vec<vbd_xen::DeviceStatus>,
 }
 
 fn stopping() -> Fault {

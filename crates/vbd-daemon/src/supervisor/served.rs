@@ -16,28 +16,31 @@ use vbd_ublk::Ending;
 use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
 use crate::control::{DiskInfo, DiskStat, FrontEndInfo, Grow, Grown, NewDisk, OperationStat, QueueStat};
 use crate::service::is_running;
+use crate::xen::Face;
 use crate::{Fault, FaultKind};
 
-use super::front::{Clients, Exports, Ublk, VhostUser};
+use super::Users;
+use super::front::{Exports, Ublk, VhostUser};
 use super::reactors::Reactors;
 
 /// How long a file that somebody uses may take to become free: the kernel holds a killed process's files until its last
 /// I/O has ended.
-pub(super) const LEASE_WAIT: Duration = Duration::from_secs(5);
+pub(crate) const LEASE_WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked whether it is free.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A disk that can be served and has no front-ends yet.
-pub(super) struct Opened {
+pub(crate) struct Opened {
     config: DiskConfig,
     disk: Arc<dyn Disk>,
     session: Option<Arc<dyn Session>>,
 }
 
-pub(super) struct Served {
+pub(crate) struct Served {
     config: DiskConfig,
     disk: Arc<dyn Disk>,
     vhost_user: Option<VhostUser>,
+    xen: Option<Face>,
     ublk: Option<Ublk>,
     /// Keeps the lease of a disk that NBD clients may ask for at any time. Where there is a vhost-user device alone, its
     /// guest takes the lease when it starts, so that a migration's destination can wait for its source.
@@ -46,8 +49,9 @@ pub(super) struct Served {
 
 /// Makes the disk of a configuration's entry, and looks whether it can be served: a file that is there, that is a disk,
 /// and, if `patience` is given, that nobody uses then. The lease itself is taken when a guest starts.
-pub(super) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Opened, Fault> {
-    if config.vhost_user.is_none() && config.nbd.is_none() && config.ublk.is_none() {
+pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Opened, Fault> {
+    let DiskConfig { vhost_user, nbd, ublk, xen, .. } = &config;
+    if vhost_user.is_none() && nbd.is_none() && ublk.is_none() && xen.is_none() {
         let message = format!(
             "{}: no front-end: name a vhost-user socket, an NBD export or a ublk device",
             config.name
@@ -172,22 +176,57 @@ impl Opened {
                 let _ = exports.remove(export, Duration::ZERO);
             }
         })?;
-        Ok(Served { config, disk, vhost_user, ublk, session: Mutex::new(session) })
+        let domain = config.xen.as_ref().zip(config.vdev);
+        let xen = domain.map(|(domain, vdev)| Face::configured(domain, vdev));
+        Ok(Served { config, disk, vhost_user, xen, ublk, session: Mutex::new(session) })
+    }
+
+    /// Only for the device that has this place.
+    pub(crate) fn for_domain(self, face: Face) -> Served {
+        let Opened { config, disk, session } = self;
+        let session = Mutex::new(session);
+        Served { config, disk, vhost_user: None, xen: Some(face), ublk: None, session }
     }
 }
 
 impl Served {
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.config.name
     }
 
-    fn front_ends(&self, clients: &Clients) -> Vec<FrontEndInfo> {
-        let vhost_user = self.vhost_user.iter().filter_map(VhostUser::info);
-        let nbd = self.config.nbd.iter().flat_map(|export| clients.of(export));
-        vhost_user.chain(nbd).chain(self.ublk.iter().filter_map(Ublk::info)).collect()
+    pub(crate) fn config(&self) -> &DiskConfig {
+        &self.config
     }
 
-    pub(super) fn info(&self, clients: &Clients) -> DiskInfo {
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// Its place in a domain, where it has one.
+    pub(crate) fn xen(&self) -> Option<&Face> {
+        self.xen.as_ref()
+    }
+
+    fn front_ends(&self, users: &Users) -> Vec<FrontEndInfo> {
+        let vhost_user = self.vhost_user.iter().filter_map(VhostUser::info);
+        let xen = self.xen.iter().map(|face| {
+            let device = face.device().and_then(|id| users.xen.iter().find(|device| device.id == id));
+            FrontEndInfo {
+                kind: "xen".to_owned(),
+                address: format!("{},{}", face.domain, face.vdev),
+                export: None,
+                clients: device.is_some_and(|device| device.connected).into(),
+                problem: device.and_then(|device| device.problem.clone()),
+            }
+        });
+        vhost_user
+            .chain(xen)
+            .chain(self.config.nbd.iter().flat_map(|export| users.clients.of(export)))
+            .chain(self.ublk.iter().filter_map(Ublk::info))
+            .collect()
+    }
+
+    pub(super) fn info(&self, users: &Users) -> DiskInfo {
         let config = &self.config;
         let (geometry, problem) = match self.disk.inspect() {
             Ok((geometry, _)) => (Some(geometry), None),
@@ -201,17 +240,17 @@ impl Served {
             block_size: geometry.map(|geometry| geometry.block_size),
             read_only: !config.access.is_writable(),
             cache: config.cache.to_string(),
-            front_ends: self.front_ends(clients),
+            front_ends: self.front_ends(users),
             problem,
         }
     }
 
-    pub(super) fn stat(&self, clients: &Clients) -> DiskStat {
+    pub(super) fn stat(&self, users: &Users) -> DiskStat {
         let queues = self.disk.statistics().snapshot().into_iter().map(|queue| QueueStat {
             queue: queue.label,
             operations: queue.operations.iter().map(operation).collect(),
         });
-        DiskStat { queues: queues.collect(), disk: self.info(clients) }
+        DiskStat { queues: queues.collect(), disk: self.info(users) }
     }
 
     pub(super) fn grow(&self, to: Grow) -> Result<Grown, Fault> {

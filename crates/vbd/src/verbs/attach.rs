@@ -1,10 +1,13 @@
 //! `vbd attach`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use vbd_daemon::config::{
-    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig, Ublk,
+    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig, Ublk, Vdev,
+    VdevError,
 };
+use vbd_daemon::xen;
 
 use super::serving;
 use crate::UsageError;
@@ -23,6 +26,9 @@ pub(crate) struct Args {
     /// Serve it as an NBD export at unix:SOCK or HOST:PORT; may be given several times
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<NbdAddress>,
+    /// Give it to a Xen domain that runs here, as this device (vm1,xvdb), until this process stops
+    #[arg(long, value_name = "DOMAIN,VDEV", conflicts_with_all = ["vhost_user", "nbd", "ublk"])]
+    xen: Option<Place>,
     /// Make it a block device of this host, /dev/ublkbN: of this number, or any (Linux 6.0). The device that a killed
     /// vbd has left waiting is taken up again
     #[arg(long, value_name = "N", num_args = 0..=1, value_parser = clap::value_parser!(u32).range(..=i64::from(Ublk::MAX)))]
@@ -65,12 +71,32 @@ pub(crate) struct Args {
     serving: serving::Args,
 }
 
+/// A device of a domain.
+#[derive(Clone)]
+struct Place {
+    domain: String,
+    vdev: Vdev,
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (domain, vdev) = text.rsplit_once(',').filter(|(domain, _)| !domain.is_empty()).ok_or_else(|| {
+            format!("`{text}` names no device of a domain: write `vm1,xvdb`, the domain and what it calls the disk")
+        })?;
+        Ok(Place {
+            domain: domain.to_owned(),
+            vdev: vdev.parse().map_err(|error: VdevError| error.to_string())?,
+        })
+    }
+}
+
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let listeners = vbd_daemon::passed_listeners().map_err(UsageError)?;
     let exported = !args.nbd.is_empty() || !listeners.is_empty();
-    if args.vhost_user.is_none() && !exported && args.ublk.is_none() {
-        let message =
-            "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK, --nbd HOST:PORT or --ublk";
+    if args.vhost_user.is_none() && !exported && args.ublk.is_none() && args.xen.is_none() {
+        let message = "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK, --nbd HOST:PORT, --ublk or --xen DOMAIN,VDEV";
         return Err(UsageError(message.to_owned()).into());
     }
     if args.tls_cert.is_some() && !exported {
@@ -96,6 +122,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     disk.serial = args.serial.unwrap_or(disk.serial);
     disk.vhost_user = args.vhost_user;
     disk.nbd = exported.then_some(name);
+    let xen = args.xen.map(|place| {
+        (disk.xen, disk.vdev) = (Some(place.domain), Some(place.vdev));
+        let options = xen::Options::new(xen::Serves::Configured { attach: true });
+        xen::Options { queues: args.queues.unwrap_or(options.queues), ..options }
+    });
     disk.ublk = args.ublk.map(|number| number.map_or(Ublk::Any, Ublk::Number));
 
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| TlsConfig {
@@ -113,5 +144,5 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     let nbd = exported.then(|| NbdConfig { tls, ..NbdConfig::new(args.nbd) });
     let config = Config { nbd, disks: vec![disk], ..Config::default() };
-    serving::serve(args.serving, config, listeners, true)
+    serving::serve(args.serving, config, listeners, xen, true)
 }

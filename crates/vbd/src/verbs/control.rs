@@ -13,6 +13,9 @@ pub(crate) struct Args {
     /// A control socket, or a runtime directory with several (default: this user's runtime directory)
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Where to look without `control`.
+    #[arg(skip)]
+    default: Option<PathBuf>,
 }
 
 /// A disk and the process that serves it.
@@ -22,12 +25,17 @@ pub(crate) struct Found {
 }
 
 impl Args {
+    /// The same, with another place to look where none was named.
+    pub(crate) fn or(self, default: &Path) -> Self {
+        Args { default: Some(default.to_owned()), ..self }
+    }
+
     /// Clients of the processes that serve now.
     fn clients(&self) -> anyhow::Result<Vec<Client>> {
         let directory = match &self.control {
             Some(path) if !path.is_dir() => return Ok(vec![Client::new(path)]),
             Some(path) => path.clone(),
-            None => default_runtime_dir(),
+            None => self.default.clone().unwrap_or_else(default_runtime_dir),
         };
         let sockets = find::sockets(&directory);
         let sockets =

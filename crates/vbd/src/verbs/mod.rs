@@ -14,6 +14,7 @@ mod map;
 mod serving;
 mod stat;
 mod up;
+mod xen;
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Verb {
@@ -23,12 +24,13 @@ pub(crate) enum Verb {
     BuildStage,
     Info(info::Args),
     Map(map::Args),
-    Attach(attach::Args),
+    Attach(Box<attach::Args>),
     Up(up::Args),
     List(list::Args),
     Stat(stat::Args),
     Grow(grow::Args),
     Detach(detach::Args),
+    Xen(xen::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -41,12 +43,13 @@ impl Verb {
             Verb::BuildStage => Ok(vbd_fs::serve_stage()?),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
-            Verb::Attach(args) => attach::run(args),
+            Verb::Attach(args) => attach::run(*args),
             Verb::Up(args) => up::run(args),
             Verb::List(args) => list::run(args),
             Verb::Stat(args) => stat::run(args),
             Verb::Grow(args) => grow::run(args),
             Verb::Detach(args) => detach::run(args),
+            Verb::Xen(args) => xen::run(args),
             Verb::Completions(args) => completions::run(args),
             Verb::Man(args) => man::run(args),
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use vbd_daemon::config::Config;
 use vbd_daemon::control::DiskInfo;
-use vbd_daemon::{Daemon, Listener};
+use vbd_daemon::{Daemon, Listener, xen};
 
 use crate::{output, paste};
 
@@ -65,8 +65,10 @@ pub(crate) fn serve(
     args: Args,
     mut config: Config,
     listeners: Vec<Listener>,
+    xen: Option<xen::Options>,
     until_empty: bool,
 ) -> anyhow::Result<()> {
+    let serves_all = xen.as_ref().is_some_and(|xen| matches!(xen.serves, xen::Serves::All { .. }));
     config.reactors = args.reactors.or(config.reactors);
     let stop_within = Duration::from_secs(args.stop_within.into());
     let reactor = vbd_daemon::ReactorSettings {
@@ -81,8 +83,12 @@ pub(crate) fn serve(
         control: args.control,
         incoming: args.incoming,
         stop_within,
+        xen: xen.map(|xen| xen::Options { drain: stop_within, ..xen }),
     })?;
     let mut text = String::new();
+    if serves_all {
+        text.push_str("serving Xen's domains\n");
+    }
     for disk in daemon.ready() {
         text.push_str(&ready(disk));
     }

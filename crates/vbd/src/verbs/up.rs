@@ -1,10 +1,11 @@
 //! `vbd up`.
 
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use vbd_daemon::config::DiskConfig;
+use vbd_daemon::config::{Config, DiskConfig};
+use vbd_daemon::xen;
 use vbd_fs::BuildOptions;
 
 use super::serving;
@@ -16,6 +17,9 @@ use crate::progress::{Bar, stop_on_signals};
 pub(crate) struct Args {
     /// A TOML file (*.toml), or an xm/xl domain file as it is
     config: PathBuf,
+    /// Serve them to the Xen domain that the file describes, which is to be created next or runs, instead of on sockets
+    #[arg(long)]
+    xen: bool,
     #[command(flatten)]
     serving: serving::Args,
 }
@@ -30,7 +34,22 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         config.disks.iter_mut().for_each(|disk| disk.nbd = Some(disk.name.clone()));
     }
     make_missing(&config.disks)?;
-    serving::serve(args.serving, config, listeners, false)
+    let xen = if args.xen { Some(for_xen(&mut config, &args.config)?) } else { None };
+    serving::serve(args.serving, config, listeners, xen, false)
+}
+
+/// Gives the disks of a domain file to that domain alone.
+fn for_xen(config: &mut Config, file: &Path) -> anyhow::Result<xen::Options> {
+    let Some(domain) = config.domain.as_ref().map(|domain| domain.name.clone()) else {
+        let message =
+            format!("{}: --xen is for an xm/xl domain file: this one names no domain", file.display());
+        return Err(UsageError(message).into());
+    };
+    config.nbd = None;
+    for disk in &mut config.disks {
+        (disk.vhost_user, disk.nbd, disk.xen) = (None, None, Some(domain.clone()));
+    }
+    Ok(xen::Options::new(xen::Serves::Configured { attach: false }))
 }
 
 /// Makes the images that are not there and of which the configuration says how.

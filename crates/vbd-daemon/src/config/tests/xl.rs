@@ -57,6 +57,19 @@ on_crash = 'restart'"#,
 }
 
 #[test]
+fn lines_that_name_the_script_of_vbd() {
+    let config = read(
+        "disk = [ 'script=block-vbd,vdev=xvda,target=/srv/a',
+                  'script=/etc/xen/scripts/block-vbd,vdev=xvdb,target=w!:/srv/b' ]",
+    );
+    assert_eq!(paths(&config), ["/srv/a", "/srv/b"]);
+    let accesses: Vec<_> = config.disks.iter().map(|disk| disk.access).collect();
+    assert_eq!(accesses, [Access::ReadWrite, Access::ReadWriteForce]);
+    let error = refused("disk = [ 'script=block-vbd,vdev=xvda,target=vg/root' ]");
+    assert!(error.contains("no absolute path"), "{error}");
+}
+
+#[test]
 fn what_plain_python_had() {
     let config = read(
         "\u{feff}Name = 'x'\r\nname = 'vm2'\r\nxen_platform_pci = True\r\n\
