@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use crate::control::Control;
-use crate::tools::{tool_path, tools_disk};
-use crate::{Initramfs, Kernel, Process, Scratch, command};
+use crate::tools::{tool_path, tools_disk, vbd_disk};
+use crate::{Initramfs, Kernel, Process, Scratch, command, run_ok, vbd};
 
 /// How long a guest may take to boot: ten times what it needs when the machine is quiet.
 const BOOT: Duration = Duration::from_secs(120);
@@ -32,6 +32,17 @@ pub struct Disk {
     pub queues: u16,
 }
 
+/// A file that QEMU itself gives to a guest as a disk.
+#[derive(Clone, Debug)]
+pub struct Drive {
+    /// The file.
+    pub file: PathBuf,
+    /// By which the guest knows it.
+    pub serial: &'static str,
+    /// The guest only reads it.
+    pub read_only: bool,
+}
+
 /// What a guest is made of.
 pub struct Machine {
     /// The disks, `/dev/vda` first.
@@ -42,6 +53,13 @@ pub struct Machine {
     pub memory: u32,
     /// Whether fio and e2fsprogs are at `/tools` (see [`Guest::tool`]).
     pub tools: bool,
+    /// Whether vbd is in the guest, too (see [`Guest::vbd`]), with a filesystem on this drive at `/host` to have its
+    /// files on.
+    pub host: Option<Drive>,
+    /// The vbd in the guest, where it is not the one under test.
+    pub program: Option<PathBuf>,
+    /// Modules that are in the guest's `/more`, and not loaded.
+    pub modules: Vec<&'static str>,
 }
 
 /// How a command in a guest ended.
@@ -56,12 +74,38 @@ pub struct Outcome {
 impl Machine {
     /// Two processors, 256 MiB, these disks.
     pub fn new(disks: impl IntoIterator<Item = Disk>) -> Self {
-        Self { disks: disks.into_iter().collect(), cpus: 2, memory: 256, tools: false }
+        Self {
+            disks: disks.into_iter().collect(),
+            cpus: 2,
+            memory: 256,
+            tools: false,
+            host: None,
+            program: None,
+            modules: Vec::new(),
+        }
     }
 
     /// Adds fio and e2fsprogs.
     pub fn with_tools(mut self) -> Self {
         self.tools = true;
+        self
+    }
+
+    /// Puts vbd into the guest, as the program that it is here, and a filesystem of `size` bytes at `/host`.
+    ///
+    /// # Errors
+    /// When the filesystem cannot be made.
+    pub fn with_vbd(mut self, scratch: &Scratch, size: u64) -> Result<Self> {
+        let file = scratch.sparse("host", size)?;
+        run_ok("/sbin/mke2fs", ["-q", "-t", "ext4", &file.to_string_lossy()], COMMAND)?;
+        self.host = Some(Drive { file, serial: "host", read_only: false });
+        self.memory = self.memory.max(512);
+        Ok(self)
+    }
+
+    /// Adds modules, not loaded.
+    pub fn with_modules(mut self, modules: &[&'static str]) -> Self {
+        self.modules.extend(modules);
         self
     }
 
@@ -91,6 +135,11 @@ impl Machine {
         if self.tools {
             guest.mount_tools()?;
         }
+        if self.host.is_some() {
+            guest.mount("vbd", "ro", "/vbd")?;
+            guest.mount("host", "rw", "/host")?;
+            guest.sh("mkdir -p /run")?;
+        }
         Ok(guest)
     }
 
@@ -102,7 +151,8 @@ impl Machine {
             vec!["-serial".to_owned(), format!("file:{}", log.display()), "-serial".into(), "stdio".into()];
         options.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", control.display())]);
         options.extend_from_slice(more);
-        let process = self.start(scratch, &kernel, &Initramfs::agent(&kernel)?, &options, "loglevel=4")?;
+        let process =
+            self.start(scratch, &kernel, &Initramfs::agent(&kernel, &self.modules)?, &options, "loglevel=4")?;
         Ok(Guest { process, log, control })
     }
 
@@ -144,13 +194,25 @@ impl Machine {
             qemu.args(["-chardev", &chardev]);
             qemu.args(["-device", &format!("vhost-user-blk-pci,chardev=disk{number},num-queues={queues}")]);
         }
+        let mut drives: Vec<Drive> = self.host.iter().cloned().collect();
+        if self.host.is_some() {
+            drives.push(Drive {
+                file: vbd_disk(scratch, self.program.as_deref().unwrap_or_else(|| vbd()))?,
+                serial: "vbd",
+                read_only: true,
+            });
+        }
         if self.tools {
-            let tools = tools_disk()?;
+            drives.push(Drive { file: tools_disk()?, serial: "tools", read_only: true });
+        }
+        for Drive { file, serial, read_only } in drives {
+            let access = if read_only { "on" } else { "off" };
             let drive = format!(
-                "driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={}",
-                tools.display()
+                "driver=raw,node-name={serial},read-only={access},discard=unmap,file.driver=file,file.filename={}",
+                file.display()
             );
-            qemu.args(["-blockdev", &drive, "-device", "virtio-blk-pci,drive=tools,serial=tools"]);
+            qemu.args(["-blockdev", &drive]);
+            qemu.args(["-device", &format!("virtio-blk-pci,drive={serial},serial={serial}")]);
         }
         Process::spawn(qemu)
     }
@@ -226,8 +288,15 @@ impl Guest {
         format!("chroot /tools {path} {arguments}")
     }
 
+    fn mount(&mut self, serial: &str, access: &str, to: &str) -> Result<()> {
+        self.sh(&format!(
+            "disk=$(grep -l '^{serial}$' /sys/block/vd*/serial) && mount -t ext4 -o {access} /dev/$(echo $disk | cut -d/ -f4) {to}"
+        ))?;
+        Ok(())
+    }
+
     fn mount_tools(&mut self) -> Result<()> {
-        self.sh("tools=$(grep -l tools /sys/block/vd*/serial) && mount -t ext4 -o ro /dev/$(echo $tools | cut -d/ -f4) /tools")?;
+        self.mount("tools", "ro", "/tools")?;
         self.sh(
             "mount --bind /dev /tools/dev && mount -t proc proc /tools/proc && mount -t sysfs sys /tools/sys",
         )?;

@@ -51,12 +51,12 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// A guest that takes commands on its second serial port (see [`crate::Guest::sh`]).
+    /// A guest that takes commands on its second serial port (see [`crate::Guest::sh`]), with these modules in `/more`.
     ///
     /// # Errors
     /// When busybox or a module cannot be read.
-    pub fn agent(kernel: &Kernel) -> Result<Vec<u8>> {
-        Self::with_script(kernel, AGENT)
+    pub fn agent(kernel: &Kernel, modules: &[&str]) -> Result<Vec<u8>> {
+        Self::with_script(kernel, modules, AGENT)
     }
 
     /// A guest that boots the system on its first disk.
@@ -64,18 +64,24 @@ impl Initramfs {
     /// # Errors
     /// When busybox or a module cannot be read.
     pub fn switch_root(kernel: &Kernel) -> Result<Vec<u8>> {
-        Self::with_script(kernel, SWITCH)
+        Self::with_script(kernel, &[], SWITCH)
     }
 
-    fn with_script(kernel: &Kernel, script: &str) -> Result<Vec<u8>> {
+    fn with_script(kernel: &Kernel, modules: &[&str], script: &str) -> Result<Vec<u8>> {
         let mut archive = Self { archive: Vec::new(), inode: 0 };
-        for name in ["bin", "dev", "proc", "sys", "root", "tmp", "tools", "mnt", "modules"] {
+        for name in [
+            "bin", "dev", "proc", "sys", "root", "tmp", "tools", "mnt", "modules", "more", "vbd", "host",
+            "etc",
+        ] {
             archive.entry(name, DIRECTORY, &[]);
         }
         let busybox =
             fs::read(Path::new(BUSYBOX)).with_context(|| format!("{BUSYBOX} (package busybox-static)"))?;
         archive.entry("bin/busybox", PROGRAM, &busybox);
         archive.entry("modules/virtio_blk.ko", FILE, &kernel.module("virtio_blk")?);
+        for module in modules {
+            archive.entry(&format!("more/{module}.ko"), FILE, &kernel.module(module)?);
+        }
         archive.entry("init", PROGRAM, format!("{PREPARE}{script}").as_bytes());
         Ok(archive.finish())
     }

@@ -5,8 +5,10 @@
 //! [`Scratch`] directory and goes with it.
 
 mod control;
+mod cpu;
 mod guest;
 mod initramfs;
+mod inside;
 mod kernel;
 mod paths;
 mod process;
@@ -15,7 +17,8 @@ mod server;
 mod tools;
 mod transcript;
 
-pub use guest::{Disk, Guest, Machine, Outcome};
+pub use cpu::cpu_time;
+pub use guest::{Disk, Drive, Guest, Machine, Outcome};
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub use paths::{cache_dir, target_dir, vbd};

@@ -8,9 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::{cache_dir, run_ok};
+use crate::{Scratch, cache_dir, run_ok};
 
-const PROGRAMS: [&str; 4] = ["/usr/bin/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs"];
+const PROGRAMS: [&str; 6] =
+    ["/usr/bin/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs", "/sbin/losetup", "/sbin/blkdiscard"];
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the tools disk has the program `name`; whole paths, since busybox would run an applet of its own.
@@ -24,7 +25,8 @@ pub(crate) fn tool_path(name: &str) -> Option<&'static str> {
 /// When a program is missing here, or the image cannot be made.
 pub fn tools_disk() -> Result<PathBuf> {
     let cache = cache_dir()?;
-    let disk = cache.join("tools.ext4");
+    // By what is in it, so that one made before a program was added is not taken.
+    let disk = cache.join(format!("tools-{}.ext4", PROGRAMS.len()));
     let lock = File::create(cache.join("tools.lock"))?;
     flock(&lock, FlockOperation::LockExclusive)?;
     if !disk.exists() {
@@ -47,11 +49,7 @@ fn fill(root: &Path) -> Result<()> {
     let mut files = BTreeSet::new();
     for program in PROGRAMS {
         files.insert(program.to_owned());
-        let libraries =
-            run_ok("ldd", [program], LIMIT).with_context(|| format!("the libraries of {program}"))?;
-        // `libc.so.6 => /lib/libc.so.6 (0x…)`, and `/lib64/ld-linux-x86-64.so.2 (0x…)` for the loader.
-        let paths = libraries.split_whitespace().filter(|word| word.starts_with('/'));
-        files.extend(paths.map(str::to_owned));
+        files.extend(libraries(program)?);
     }
     for file in files {
         let to = root.join(&file[1..]);
@@ -62,4 +60,33 @@ fn fill(root: &Path) -> Result<()> {
         fs::create_dir_all(root.join(dir))?;
     }
     Ok(())
+}
+
+/// What a program needs to be loaded, the loader too.
+fn libraries(program: &str) -> Result<Vec<String>> {
+    let said = run_ok("ldd", [program], LIMIT).with_context(|| format!("the libraries of {program}"))?;
+    // `libc.so.6 => /lib/libc.so.6 (0x…)`, and `/lib64/ld-linux-x86-64.so.2 (0x…)` for the loader.
+    Ok(said.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect())
+}
+
+/// An ext4 image of a vbd with its libraries, all in one directory, the loader as `ld.so`.
+///
+/// # Errors
+/// When it cannot be made.
+pub(crate) fn vbd_disk(scratch: &Scratch, program: &Path) -> Result<PathBuf> {
+    let root = scratch.path("vbd-root");
+    fs::create_dir_all(&root)?;
+    let program = program.to_string_lossy().into_owned();
+    // Without what a debugger reads: it is most of it.
+    let to = root.join("vbd").to_string_lossy().into_owned();
+    run_ok("strip", ["-o", &to, &program], LIMIT)?;
+    for library in libraries(&program)? {
+        let name = Path::new(&library).file_name().context("a library has a name")?;
+        let name = if name.to_string_lossy().starts_with("ld-linux") { "ld.so".as_ref() } else { name };
+        fs::copy(&library, root.join(name)).with_context(|| format!("copying {library}"))?;
+    }
+    let image = scratch.path("vbd.ext4");
+    let (from, to) = (root.to_string_lossy(), image.to_string_lossy());
+    run_ok("/sbin/mke2fs", ["-q", "-t", "ext4", "-O", "^has_journal", "-d", &from, &to, "128M"], LIMIT)?;
+    Ok(image)
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use vbd_tests::{Attach, Guest, Machine, Scratch, allocated, run_ok};
+use vbd_tests::{Attach, Guest, Machine, Scratch, Server, allocated, run_ok};
 
 const MIB: u64 = 1 << 20;
 /// How long a load may take: many times what it needs on a quiet machine.
@@ -30,6 +30,26 @@ fn wait_for_allocated(file: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
+/// Serves `file` to one guest.
+fn attach<'a>(scratch: &'a Scratch, file: &Path) -> Attach<'a> {
+    Attach::new(scratch, file).vhost_user(scratch.socket("disk.sock"))
+}
+
+/// Waits for what the guest was told to [`begin`](Guest::begin), which has to succeed; gives what it said.
+fn succeeds(guest: &mut Guest) -> Result<String> {
+    let outcome = guest.finish(LOAD)?;
+    assert_eq!(outcome.status, 0, "{}", outcome.output);
+    Ok(outcome.output)
+}
+
+/// The good end of a guest that has met no error, and of its server.
+fn end(guest: Guest, server: Server) -> Result<()> {
+    assert_eq!(guest.disk_errors(), [""; 0]);
+    guest.power_off()?;
+    assert!(server.stop()?.success());
+    Ok(())
+}
+
 /// What `e2fsck` says of a filesystem that it finds clean without mending anything.
 fn e2fsck(image: &Path) -> Result<String> {
     run_ok("/sbin/e2fsck", ["-fn".as_ref(), image.as_os_str()], LOAD)
@@ -39,15 +59,14 @@ fn e2fsck(image: &Path) -> Result<String> {
 fn a_filesystem_is_made_filled_verified_trimmed_and_clean() -> Result<()> {
     let scratch = Scratch::new()?;
     let file = scratch.sparse("disk", 1024 * MIB)?;
-    let attach = Attach::new(&scratch, &file).vhost_user(scratch.socket("disk.sock"));
+    let attach = attach(&scratch, &file);
     let server = attach.start()?;
     let mut guest = Machine::new([attach.disk()]).with_tools().boot(&scratch)?;
 
     guest.sh(&Guest::tool("mke2fs -q -t ext4 /dev/vda"))?;
     guest.sh("mount -t ext4 /dev/vda /tools/mnt")?;
     guest.begin(&load("verified", "/mnt/verified", 16, ""))?;
-    let outcome = guest.finish(LOAD)?;
-    assert_eq!(outcome.status, 0, "{}", outcome.output);
+    succeeds(&mut guest)?;
     guest.sh("dd if=/dev/urandom of=/tools/mnt/large bs=1M count=128 conv=fsync")?;
     guest.sh("cp /tools/mnt/large /tools/mnt/kept && md5sum </tools/mnt/large >/tools/mnt/sum && sync")?;
     let full = allocated(&file)?;
@@ -58,9 +77,7 @@ fn a_filesystem_is_made_filled_verified_trimmed_and_clean() -> Result<()> {
     assert!(full - trimmed >= 120 * MIB, "the trim gave the room of one back: {full} to {trimmed}");
     assert_eq!(guest.sh("md5sum </tools/mnt/kept")?, guest.sh("cat /tools/mnt/sum")?);
     guest.sh("umount /tools/mnt")?;
-    assert_eq!(guest.disk_errors(), [""; 0]);
-    guest.power_off()?;
-    assert!(server.stop()?.success());
+    end(guest, server)?;
     e2fsck(&file)?;
     assert_eq!(fs::metadata(&file)?.len(), 1024 * MIB);
     Ok(())
@@ -87,12 +104,8 @@ fn four_disks_with_four_queues_each() -> Result<()> {
     let jobs = ["a", "b", "c", "d"].map(|name| format!("--name={name} --filename=/dev/vd{name}"));
     let first = load("all", "/dev/vda", 8, "").replace("--name=all --filename=/dev/vda ", "");
     guest.begin(&format!("{first} --cpus_allowed=0-3 --cpus_allowed_policy=split {}", jobs.join(" ")))?;
-    let outcome = guest.finish(LOAD)?;
-    assert_eq!(outcome.status, 0, "{}", outcome.output);
-    assert_eq!(guest.disk_errors(), [""; 0]);
-    guest.power_off()?;
-    assert!(server.stop()?.success());
-    Ok(())
+    succeeds(&mut guest)?;
+    end(guest, server)
 }
 
 #[test]
@@ -101,7 +114,7 @@ fn a_read_only_disk_refuses_writes_in_the_guest() -> Result<()> {
     let file = scratch.path("disk");
     let content = b"0123456789abcdef".repeat(65536);
     fs::write(&file, &content)?;
-    let attach = Attach::new(&scratch, &file).vhost_user(scratch.socket("disk.sock")).option("--read-only");
+    let attach = attach(&scratch, &file).option("--read-only");
     let _server = attach.start()?;
     let mut guest = Machine::new([attach.disk()]).boot(&scratch)?;
 
@@ -118,7 +131,7 @@ fn a_read_only_disk_refuses_writes_in_the_guest() -> Result<()> {
 fn qemu_killed_in_mid_write_leaves_a_disk_that_is_served_again_at_once() -> Result<()> {
     let scratch = Scratch::new()?;
     let file = scratch.sparse("disk", 512 * MIB)?;
-    let attach = Attach::new(&scratch, &file).vhost_user(scratch.socket("disk.sock"));
+    let attach = attach(&scratch, &file);
     let server = attach.start()?;
     let mut guest = Machine::new([attach.disk()]).with_tools().boot(&scratch)?;
     guest.sh(&Guest::tool("mke2fs -q -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda"))?;
@@ -135,8 +148,7 @@ fn qemu_killed_in_mid_write_leaves_a_disk_that_is_served_again_at_once() -> Resu
     let mut guest = Machine::new([attach.disk()]).boot(&scratch)?;
     assert_eq!(guest.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/durable")?, "durable\n");
     guest.sh("echo again >/mnt/again && umount /mnt")?;
-    guest.power_off()?;
-    assert!(server.stop()?.success());
+    end(guest, server)?;
     e2fsck(&file)?;
     Ok(())
 }
@@ -145,7 +157,7 @@ fn qemu_killed_in_mid_write_leaves_a_disk_that_is_served_again_at_once() -> Resu
 fn vbd_killed_in_mid_write_is_a_pause_for_the_guest_and_no_error() -> Result<()> {
     let scratch = Scratch::new()?;
     let file = scratch.sparse("disk", 256 * MIB)?;
-    let attach = Attach::new(&scratch, &file).vhost_user(scratch.socket("disk.sock")).queues(2);
+    let attach = attach(&scratch, &file).queues(2);
     let mut server = attach.start()?;
     let mut guest = Machine::new([attach.disk()]).with_tools().boot(&scratch)?;
     guest.begin(&load("verified", "/dev/vda", 64, "--numjobs=2 --offset_increment=128M --end_fsync=1"))?;
@@ -155,19 +167,15 @@ fn vbd_killed_in_mid_write_is_a_pause_for_the_guest_and_no_error() -> Result<()>
         server.kill();
         server = attach.start()?;
     }
-    let outcome = guest.finish(LOAD)?;
-    assert_eq!(outcome.status, 0, "{}", outcome.output);
-    assert_eq!(guest.disk_errors(), [""; 0]);
-    guest.power_off()?;
-    assert!(server.stop()?.success());
-    Ok(())
+    succeeds(&mut guest)?;
+    end(guest, server)
 }
 
 #[test]
 fn a_guest_sees_its_disk_grow() -> Result<()> {
     let scratch = Scratch::new()?;
     let file = scratch.sparse("disk", 64 * MIB)?;
-    let attach = Attach::new(&scratch, &file).vhost_user(scratch.socket("disk.sock"));
+    let attach = attach(&scratch, &file);
     let server = attach.start()?;
     let mut guest = Machine::new([attach.disk()]).with_tools().boot(&scratch)?;
     guest.sh(&Guest::tool("mke2fs -q -t ext4 /dev/vda"))?;
@@ -182,9 +190,7 @@ fn a_guest_sees_its_disk_grow() -> Result<()> {
     assert_eq!(guest.sh("cat /sys/block/vda/size")?, format!("{size}\n"));
     guest.sh(&Guest::tool("resize2fs /dev/vda"))?;
     guest.sh("dd if=/dev/urandom of=/tools/mnt/file bs=1M count=80 conv=fsync && umount /tools/mnt")?;
-    assert_eq!(guest.disk_errors(), [""; 0]);
-    guest.power_off()?;
-    assert!(server.stop()?.success());
+    end(guest, server)?;
     e2fsck(&file)?;
     Ok(())
 }
@@ -206,12 +212,9 @@ fn a_guest_migrates_while_it_writes() -> Result<()> {
     guest.migrate(&road)?;
     assert_eq!(arrived.sh("cat /tmp/load")?, "", "the load goes on over there");
     arrived.begin("while ! grep ended /tmp/load; do sleep 0.2; done; cat /tmp/load")?;
-    let outcome = arrived.finish(LOAD)?;
-    assert!(outcome.output.starts_with("ended with 0\n"), "{}", outcome.output);
+    let output = succeeds(&mut arrived)?;
+    assert!(output.starts_with("ended with 0\n"), "{output}");
     assert!(source.stop()?.success());
     arrived.sh("dd if=/dev/vda of=/dev/null bs=1M")?;
-    assert_eq!(arrived.disk_errors(), [""; 0]);
-    arrived.power_off()?;
-    assert!(destination.stop()?.success());
-    Ok(())
+    end(arrived, destination)
 }

@@ -3,7 +3,6 @@
 //! Every load visits all peers in turn, round after round, so that what else the machine does meets all of them; a cell
 //! of the tables is the median of its rounds. Absolute numbers are the machine's, the ratios are vbd's.
 
-mod cpu;
 mod docs;
 mod files;
 mod idle;
@@ -13,6 +12,7 @@ mod peers;
 mod results;
 mod rounds;
 mod targets;
+mod ublk;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// Short runs, few of them: to see that everything works
     #[arg(long)]
     quick: bool,
-    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`; several with commas
+    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`, `ublk`; several with commas
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
     /// Only the peers whose name contains one of these: `file`, `qsd`, `vbd`
@@ -125,6 +125,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if plan.wants("idle") {
         results.idle = Some(idle::measure(&plan.tools)?);
+    }
+    if plan.wants("ublk") {
+        results.ublk = ublk::measure(&plan)?;
     }
     results.write(&kept)?;
 

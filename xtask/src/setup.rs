@@ -51,7 +51,7 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 15] = [
+const NEEDS: [Need; 16] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
     need(Sign::Program("fakeroot"), "fakeroot", "owners in an image without being root"),
@@ -64,6 +64,7 @@ const NEEDS: [Need; 15] = [
     need(Sign::Python("nbd"), "python3-libnbd", "nbdsh"),
     need(Sign::Program("nbdkit"), "nbdkit", "a peer to compare with"),
     need(Sign::Program("c++"), "g++", "the fuzz targets' runtime"),
+    need(Sign::Program("cryptsetup"), "cryptsetup-bin", "encrypted disks, to recognize"),
     need(Sign::Program("setcap"), "libcap2-bin", "files with capabilities, to copy"),
     need(Sign::Program("setfacl"), "acl", "files with access lists, to copy"),
     need(Sign::Program("setfattr"), "attr", "files with extended attributes, to copy"),

@@ -18,17 +18,19 @@ mod disk;
 mod error;
 pub mod file;
 pub mod filter;
+mod flush;
 mod range_lock;
 mod request;
 mod statistics;
 
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
-pub use range_lock::{Locking, RangeGuard, RangeLocks};
+pub use flush::flush;
 pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
 pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
 
 pub use vbd_ring::IoVec;
 
-/// The unit of every offset and length in a request: a sector of 512 bytes.
+/// The unit in which guests see a disk, and its capacity is counted: a sector of 512 bytes. A request may begin and end
+/// within one; such a write excludes others from the sector, on every channel of the disk.
 pub const SECTOR: u64 = 512;

@@ -1,8 +1,7 @@
 //! Ranges that exclude each other, across the reactors of one disk.
 //!
-//! Whoever reads, modifies and writes a block excludes every overlapping write, zeroes and discard: on storage that wants
-//! larger blocks than a sector, and in a front-end that takes parts of sectors. First come, first served: a request that would have to pass an earlier
-//! waiter waits too, so nobody starves.
+//! Whoever reads, modifies and writes a block excludes every overlapping write, zeroes and discard. First come, first
+//! served: a request that would have to pass an earlier waiter waits too, so nobody starves.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -13,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 
 /// The ranges, in bytes, that somebody has taken.
 #[derive(Default)]
-pub struct RangeLocks(Mutex<State>);
+pub(crate) struct RangeLocks(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -68,20 +67,20 @@ impl RangeLocks {
     }
 
     /// Takes the range if it is free now.
-    pub fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
+    pub(crate) fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state();
         let free = state.is_free(&range, usize::MAX);
         free.then(|| state.hold(range)).map(|id| RangeGuard { locks: self.clone(), id })
     }
 
     /// Takes the range when it is free.
-    pub fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
+    pub(crate) fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
         Locking { locks: self.clone(), range, id: None }
     }
 }
 
 /// A range held. Dropping it lets others in.
-pub struct RangeGuard {
+pub(crate) struct RangeGuard {
     locks: Arc<RangeLocks>,
     id: u64,
 }
@@ -93,7 +92,7 @@ impl Drop for RangeGuard {
 }
 
 /// Waits for a range.
-pub struct Locking {
+pub(crate) struct Locking {
     locks: Arc<RangeLocks>,
     range: Range<u64>,
     id: Option<u64>,

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use support::{Ask, Client, file, in_memory};
+use support::{Ask, Client, file, in_memory, until};
 use vbd_core::file::{Backend, Fault, Options};
 use vbd_core::filter::{Action, Filter, Hold, Inject, Rule, Verdict};
 use vbd_core::{Error, ErrorKind, Operation, Request};
@@ -32,16 +32,6 @@ fn full(dir: &tempfile::TempDir) -> (Arc<Backend>, Arc<std::sync::atomic::Atomic
 
 fn park_when_full(_: &Request, error: &Error) -> Verdict {
     if error.kind() == ErrorKind::NoSpace { Verdict::Park } else { Verdict::Report }
-}
-
-fn until(what: &str, done: impl Fn() -> bool) {
-    for _ in 0..2000 {
-        if done() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    panic!("{what} never came");
 }
 
 #[test]

@@ -32,9 +32,15 @@ fn asks(size: u64) -> impl Strategy<Value = Ask> {
     });
     let piece = prop_oneof![Just(usize::MAX), Just(512), Just(4096), Just(1536)];
     let skew = prop_oneof![6 => Just(0usize), 1 => Just(512), 1 => Just(3)];
-    (operation, range, any::<u8>(), any::<(bool, bool)>(), piece, skew).prop_map(
-        |(operation, (start, count), seed, (fua, may_unmap), piece, skew)| {
-            let (offset, len) = (start * 512, count * 512);
+    // Bytes that a range is short of whole sectors, at both ends.
+    let short = prop_oneof![3 => Just((0, 0)), 1 => (0..256u64, 0..256u64)];
+    (operation, range, any::<u8>(), any::<(bool, bool)>(), piece, skew, short).prop_map(
+        |(operation, (start, count), seed, (fua, may_unmap), piece, skew, short)| {
+            let short = match operation {
+                Operation::Discard | Operation::Extents => (0, 0),
+                _ => short,
+            };
+            let (offset, len) = (start * 512 + short.0, count * 512 - short.0 - short.1);
             let fill = |at: u64| seed.wrapping_add(u8::try_from(at / 512 % 251).expect("small")) | 1;
             let data = match operation {
                 Operation::Write => (offset..offset + len).map(fill).collect(),
@@ -273,6 +279,78 @@ fn read_modify_write_excludes_overlapping_writes_of_other_queues() {
     assert_eq!(client.read(0, 8192), vec![59; 8192]);
 }
 
+/// One queue writes whole sectors, and another parts of the same ones: where locks are only taken once there is a part,
+/// those that were under way without must be waited for.
+#[test]
+fn parts_of_sectors_do_not_undo_whole_ones_of_other_queues() {
+    for round in 0..30u8 {
+        // A new disk every time, on which no write takes a lock yet.
+        let dir = on_disk();
+        let backend = file(dir.path(), SIZE, Options::default());
+        std::thread::scope(|scope| {
+            let whole = scope.spawn(|| {
+                let client = Client::on_file(EngineKind::Auto, &backend);
+                for count in 1..40u8 {
+                    let writes = [512, 1024].map(|at| client.submit(Ask::write(at, vec![count; 512])));
+                    for wait in writes {
+                        wait.recv().expect("an answer").result.expect("written");
+                    }
+                    // Nobody else writes these bytes.
+                    assert_eq!(client.read(600, 824), vec![count; 824], "round {round}");
+                }
+            });
+            let part = scope.spawn(|| {
+                let client = Client::on_file(EngineKind::Auto, &backend);
+                for count in 100..140u8 {
+                    let writes = [(505, 40), (1510, 40)]
+                        .map(|(at, len)| client.submit(Ask::write(at, vec![count; len])));
+                    for wait in writes {
+                        wait.recv().expect("an answer").result.expect("written");
+                    }
+                    // Beyond what the other writes.
+                    assert_eq!(client.read(505, 7), vec![count; 7]);
+                    assert_eq!(client.read(1536, 14), vec![count; 14]);
+                }
+            });
+            whole.join().expect("no assertion failed");
+            part.join().expect("no assertion failed");
+        });
+    }
+}
+
+/// The first write of a part waits for whole ones that are under way without a lock.
+#[test]
+fn the_first_part_waits_for_whole_writes_without_a_lock() {
+    let (entered, inside) = std::sync::mpsc::channel();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (entered, wait) = (std::sync::Mutex::new(entered), std::sync::Mutex::new(wait));
+    let held = std::sync::Mutex::new(false);
+    let faults = move |op: &Op| {
+        // The first, whole write, on its way to the kernel, is held up there.
+        if matches!(op, Op::Write { .. }) && !std::mem::replace(&mut *held.lock().expect("whole"), true) {
+            entered.lock().expect("whole").send(()).expect("awaited");
+            wait.lock().expect("whole").recv().expect("told");
+        }
+        None
+    };
+    let dir = on_disk();
+    let options = Options { faults: Some(Arc::new(faults)), ..Options::default() };
+    let backend = file(dir.path(), SIZE, options);
+    if !backend.is_direct() {
+        return;
+    }
+    let [one, two] = [0, 1].map(|_| Client::on_file(EngineKind::Auto, &backend));
+    let whole = one.submit(Ask::write(4096, vec![1; 4096]));
+    inside.recv().expect("under way");
+    let part = two.submit(Ask::write(4100, vec![2; 10]));
+    let early = part.recv_timeout(std::time::Duration::from_millis(50));
+    go.send(()).expect("waited for");
+    assert!(early.is_err(), "the part did not wait");
+    whole.recv().expect("an answer").result.expect("written");
+    part.recv().expect("an answer").result.expect("written");
+    assert_eq!(one.read(4096, 16), [vec![1; 4], vec![2; 10], vec![1; 2]].concat());
+}
+
 #[test]
 fn a_discard_gives_space_back_and_zeroes_keep_or_give_it() {
     let dir = on_disk();
@@ -368,7 +446,7 @@ fn what_the_guest_gets_wrong_is_refused() {
     let dir = in_memory();
     let backend = file(dir.path(), SIZE, Options::default());
     let client = Client::on_file(EngineKind::Auto, &backend);
-    for (offset, len) in [(SIZE, 512), (SIZE - 512, 1024), (u64::MAX - 511, 512), (0, 100), (100, 512)] {
+    for (offset, len) in [(SIZE, 512), (SIZE - 512, 1024), (u64::MAX - 511, 512), (SIZE - 100, 200)] {
         for operation in [Operation::Read, Operation::Discard, Operation::WriteZeroes, Operation::Extents] {
             let len = if operation == Operation::Read { len.min(4096) } else { len };
             let kind = client.kind(Ask::new(operation, offset, len));
@@ -423,13 +501,28 @@ fn errors_of_the_storage_reach_the_guest_with_their_kind() {
             let slow_write = Ask { skew: 3, ..Ask::write(512, vec![1; 4096]) };
             let zeroes = Ask::new(Operation::WriteZeroes, 512, 8192);
             let read = Ask::new(Operation::Read, 0, 4096);
-            for ask in [read, slow_read, Ask::write(0, vec![1; 4096]), slow_write, zeroes] {
+            let part = Ask::write(100, vec![1; 5]);
+            for ask in [read, slow_read, Ask::write(0, vec![1; 4096]), slow_write, zeroes, part] {
                 let what = format!("{} with errno {errno}", ask.operation);
                 assert_eq!(client.kind(ask), Some(kind), "{what}");
             }
             assert_eq!(client.kind(Ask::new(Operation::Discard, 0, 8192)), Some(kind));
         }
     }
+}
+
+/// A part of a sector is read, changed and written: where the read fails, nothing is written.
+#[test]
+fn a_part_whose_sector_cannot_be_read_is_not_written() {
+    let dir = on_disk();
+    let faults = |op: &Op| matches!(op, Op::Read { .. }).then_some(Fault::Fail(libc::EIO));
+    let options = Options { faults: Some(Arc::new(faults)), ..Options::default() };
+    let backend = file(dir.path(), SIZE, options);
+    let client = Client::on_file(EngineKind::Auto, &backend);
+    let fails = client.kind(Ask::write(100, vec![1; 5]));
+    assert_eq!(fails, backend.is_direct().then_some(ErrorKind::Io));
+    let file = std::fs::read(dir.path().join("disk")).expect("readable");
+    assert!(!backend.is_direct() || file.iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -44,6 +44,11 @@ pub(crate) fn explain(error: Error) -> Error {
              /etc/subgid, or the package fakechroot",
         );
     }
+    if stderr.contains("is not signed") {
+        said.push_str(
+            "; apt has no key for it: install the package ubuntu-keyring or debian-archive-keyring, or the mirror's own key",
+        );
+    }
     Error::Tool { program, status, stderr: said }
 }
 
@@ -154,6 +159,10 @@ mod tests {
         };
         assert_eq!(failed(stderr), "mmdebstrap failed (exit status: 25): Unable to locate package x");
         assert!(failed("E: unable to pick chroot mode automatically").contains("the package uidmap"));
+        let unsigned = failed("E: The repository 'http://m.example noble InRelease' is not signed.\n");
+        assert!(
+            unsigned.contains("is not signed.; apt has no key for it: install the package ubuntu-keyring")
+        );
         assert!(failed("Segmentation fault").ends_with(": Segmentation fault"));
     }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Source, Tailor};
@@ -92,7 +93,8 @@ impl FromStr for Variant {
     }
 }
 
-/// How an image is filled: the `[build]` table of a configuration.
+/// How an image is filled: the `[build]` table of a configuration. A value out of its bounds is refused where it is read,
+/// so that a parser can tell its place.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BuildSpec {
@@ -102,16 +104,16 @@ pub struct BuildSpec {
     #[serde(default)]
     pub filesystem: Filesystem,
     /// The filesystem's label, at most 16 bytes.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_label")]
     pub label: Option<String>,
     /// The filesystem's UUID; random where not given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_uuid")]
     pub uuid: Option<String>,
     /// Percent of the blocks that only the guest's root may fill, 0 to 50; mke2fs decides where not given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_reserved")]
     pub reserved_percent: Option<u8>,
     /// How many inodes to make; mke2fs derives them from the size where not given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_inodes")]
     pub inodes: Option<u64>,
     /// More arguments for mke2fs, as they are.
     #[serde(default)]
@@ -124,13 +126,13 @@ pub struct BuildSpec {
     #[serde(default)]
     pub live: bool,
     /// A suite's mirror; the one in the host's apt sources where not given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_mirror")]
     pub mirror: Option<String>,
     /// A suite's components; `main` where not given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_words")]
     pub components: Vec<String>,
     /// Packages to install besides the suite's own.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "read_words")]
     pub packages: Vec<String>,
     /// How much of a suite is installed; `important` where not given.
     #[serde(default)]
@@ -158,33 +160,17 @@ impl BuildSpec {
     }
 
     /// Finds what cannot work before anything is done.
-    pub(crate) fn check(&self) -> Result<()> {
-        let invalid = |text: String| Err(Error::Invalid(text));
-        if let Some(label) = &self.label
-            && (label.len() > 16 || label.contains('\0'))
-        {
-            return invalid(format!("label {label:?}: at most 16 bytes"));
-        }
-        if let Some(uuid) = &self.uuid
-            && !is_uuid(uuid)
-        {
-            return invalid(format!("{uuid:?} is no UUID (8-4-4-4-12 hexadecimal digits)"));
-        }
-        if self.reserved_percent.is_some_and(|p| p > 50) {
-            return invalid("at most 50 percent of the blocks can be reserved".to_owned());
-        }
-        if self.inodes.is_some_and(|n| n < 16 || n > u64::from(u32::MAX)) {
-            return invalid(format!("the number of inodes is from 16 to {}", u32::MAX));
-        }
-        let plain = |word: &String| !word.is_empty() && !word.contains([',', ' ', '\0']);
-        for word in self.components.iter().chain(&self.packages) {
-            if !plain(word) {
-                return invalid(format!("{word:?}: name components and packages one by one"));
-            }
-        }
-        if self.mirror.as_deref().is_some_and(|m| m.is_empty() || m.starts_with('-')) {
-            return invalid("the mirror is empty, or starts with a dash".to_owned());
-        }
+    ///
+    /// # Errors
+    ///
+    /// The first value that is out of its bounds, or that does not go with the source.
+    pub fn check(&self) -> Result<()> {
+        self.label.as_deref().map_or(Ok(()), check_label)?;
+        self.uuid.as_deref().map_or(Ok(()), check_uuid)?;
+        self.reserved_percent.as_ref().map_or(Ok(()), check_reserved)?;
+        self.inodes.as_ref().map_or(Ok(()), check_inodes)?;
+        self.components.iter().chain(&self.packages).try_for_each(|word| check_word(word))?;
+        self.mirror.as_deref().map_or(Ok(()), check_mirror)?;
         let of_suites = self.mirror.is_some()
             || self.variant.is_some()
             || !self.components.is_empty()
@@ -199,11 +185,89 @@ impl BuildSpec {
     }
 }
 
-fn is_uuid(text: &str) -> bool {
-    let groups: Vec<&str> = text.split('-').collect();
+fn invalid(text: String) -> Result<()> {
+    Err(Error::Invalid(text))
+}
+
+fn check_label(label: &str) -> Result<()> {
+    if label.len() > 16 || label.contains('\0') {
+        return invalid(format!("label {label:?}: at most 16 bytes"));
+    }
+    Ok(())
+}
+
+fn check_uuid(uuid: &str) -> Result<()> {
+    let groups: Vec<&str> = uuid.split('-').collect();
     let lengths = [8, 4, 4, 4, 12];
-    groups.len() == lengths.len()
-        && groups.iter().zip(lengths).all(|(g, n)| g.len() == n && g.bytes().all(|b| b.is_ascii_hexdigit()))
+    let is_uuid = groups.len() == lengths.len()
+        && groups.iter().zip(lengths).all(|(g, n)| g.len() == n && g.bytes().all(|b| b.is_ascii_hexdigit()));
+    if !is_uuid {
+        return invalid(format!("{uuid:?} is no UUID (8-4-4-4-12 hexadecimal digits)"));
+    }
+    Ok(())
+}
+
+fn check_reserved(percent: &u8) -> Result<()> {
+    if *percent > 50 {
+        return invalid("at most 50 percent of the blocks can be reserved".to_owned());
+    }
+    Ok(())
+}
+
+fn check_inodes(inodes: &u64) -> Result<()> {
+    if !(16..=u64::from(u32::MAX)).contains(inodes) {
+        return invalid(format!("the number of inodes is from 16 to {}", u32::MAX));
+    }
+    Ok(())
+}
+
+fn check_mirror(mirror: &str) -> Result<()> {
+    if mirror.is_empty() || mirror.starts_with('-') {
+        return invalid("the mirror is empty, or starts with a dash".to_owned());
+    }
+    Ok(())
+}
+
+fn check_word(word: &str) -> Result<()> {
+    if word.is_empty() || word.contains([',', ' ', '\0']) {
+        return invalid(format!("{word:?}: name components and packages one by one"));
+    }
+    Ok(())
+}
+
+fn read_label<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    read(deserializer, |label: &String| check_label(label))
+}
+
+fn read_uuid<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    read(deserializer, |uuid: &String| check_uuid(uuid))
+}
+
+fn read_reserved<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u8>, D::Error> {
+    read(deserializer, check_reserved)
+}
+
+fn read_inodes<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u64>, D::Error> {
+    read(deserializer, check_inodes)
+}
+
+fn read_mirror<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    read(deserializer, |mirror: &String| check_mirror(mirror))
+}
+
+fn read<'de, T, D>(deserializer: D, check: fn(&T) -> Result<()>) -> std::result::Result<Option<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    let value = Option::<T>::deserialize(deserializer)?;
+    value.as_ref().map_or(Ok(()), check).map_err(D::Error::custom)?;
+    Ok(value)
+}
+
+fn read_words<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    let words = read(deserializer, |words: &Vec<String>| words.iter().try_for_each(|word| check_word(word)))?;
+    Ok(words.unwrap_or_default())
 }
 
 /// Everything about one build.

@@ -79,6 +79,26 @@ fn real_filesystems_are_what_blkid_says() {
     }
 }
 
+/// An encrypted disk as cryptsetup makes it; a file and no device mapper is enough for the header.
+#[test]
+fn real_luks_headers_are_what_blkid_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let key = ["--key-file", "/dev/zero", "--keyfile-size", "32", "--pbkdf-force-iterations", "1000"];
+    let luks2 = ["--type", "luks2", "--pbkdf", "pbkdf2", "--label", "a label of more than sixteen letters"];
+    for (name, kind) in [("one", &["--type", "luks1"][..]), ("two", &luks2)] {
+        let path = directory.path().join(name);
+        let command = [&["cryptsetup", "luksFormat", "-q"], kind, &key].concat();
+        let Some(file) = made(&path, 32 * MIB, &command) else { return };
+        let found = only_filesystem(contents(&file, 32 * MIB).unwrap());
+        assert_eq!((found.kind, blkid(&path, "TYPE").as_deref()), ("crypto_LUKS", Some("crypto_LUKS")));
+        assert_eq!(found.label, blkid(&path, "LABEL"), "{name}");
+        assert_eq!(found.label.is_some(), name == "two");
+        assert_eq!(found.uuid, blkid(&path, "UUID"), "{name}");
+        assert!(found.uuid.is_some_and(|uuid| uuid.len() == 36));
+        assert_eq!((found.trouble, found.free), (None, None));
+    }
+}
+
 #[test]
 fn what_e2fsck_calls_free() {
     let directory = tempfile::tempdir().unwrap();

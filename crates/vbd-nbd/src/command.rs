@@ -215,7 +215,7 @@ pub(crate) struct Command {
     /// A whole read for which there was not enough memory: its pieces are sent one after the other.
     pub(crate) streamed: bool,
     /// The pieces of a whole read that are back.
-    pub(crate) parts: Vec<Option<(Buffer, usize, usize)>>,
+    pub(crate) parts: Vec<Option<(Buffer, usize)>>,
 }
 
 impl Command {
@@ -282,11 +282,11 @@ impl Command {
     }
 
     /// Keeps a piece until all are there.
-    pub(crate) fn keep(&mut self, index: usize, buffer: Buffer, start: usize, len: usize) {
+    pub(crate) fn keep(&mut self, index: usize, buffer: Buffer, len: usize) {
         if self.parts.len() <= index {
             self.parts.resize_with(index + 1, || None);
         }
-        self.parts[index] = Some((buffer, start, len));
+        self.parts[index] = Some((buffer, len));
     }
 }
 
@@ -302,8 +302,7 @@ impl Ahead {
         self.left
     }
 
-    /// Cuts the next piece off. Only the first may begin, and only the last may end, within a sector; with what lies
-    /// around it in those sectors it is no longer than `most`.
+    /// Cuts the next piece off, at most `most` bytes. Only the first may begin, and only the last may end, within a sector.
     pub(crate) fn next_piece(&mut self, most: usize) -> (u64, usize) {
         let offset = self.offset;
         let len = self.left.min(most as u64 - offset % SECTOR);

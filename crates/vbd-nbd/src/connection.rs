@@ -14,13 +14,12 @@ use vbd_ring::{Completion, FileHandle, Local, Op, OpId, TimerId};
 
 use crate::command::{Terms, export_info};
 use crate::control::{Control, Order};
-use crate::edges::{Parked, range, read_sector};
 use crate::export::{Export, Label};
 use crate::memory::{Account, SCRATCH, Thread};
 use crate::negotiation::{ExportInfo, Negotiation, Step};
 use crate::outbox::{Outbox, Payload};
 use crate::server::Shared;
-use crate::transmission::{Transmission, Turn, piece_of};
+use crate::transmission::{Transmission, Turn};
 use crate::transport::{Received, Tls, Transport};
 
 /// With so many commands under way others follow soon; with few, staying awake for them gains nothing.
@@ -51,7 +50,6 @@ enum Phase {
 /// What a connection has of its export.
 struct Attached {
     channel: Rc<dyn Channel>,
-    export: Arc<Export>,
     counters: Arc<QueueCounters>,
     read_only: bool,
     _label: Label,
@@ -218,108 +216,24 @@ impl Connection {
     }
 
     /// Hands requests to the disk; true if there were some.
-    fn submit(self: &Rc<Self>) -> bool {
-        let mut blocked = Vec::new();
-        let (channel, mut requests, edges) = {
+    fn submit(&self) -> bool {
+        let (channel, mut requests) = {
             let state = &mut *self.state.borrow_mut();
             let (Phase::Transmission(transmission), Some(attached)) = (&mut state.phase, &state.attached)
             else {
                 return false;
             };
-            if transmission.ready.is_empty() && transmission.edges.is_empty() {
+            if transmission.ready.is_empty() {
                 return false;
             }
             let spare = std::mem::take(&mut state.spare);
-            let mut requests = std::mem::replace(&mut transmission.ready, spare);
-            let mut index = 0;
-            while let Some(request) = requests.get(index) {
-                if transmission.wants_sectors(request) {
-                    match attached.export.writing.try_lock(range(request)) {
-                        Some(sectors) => transmission.keep_sectors(piece_of(request), sectors),
-                        None => {
-                            blocked.push(Parked::new(requests.remove(index)));
-                            continue;
-                        }
-                    }
-                }
-                index += 1;
-            }
-            (attached.channel.clone(), requests, std::mem::take(&mut transmission.edges))
+            (attached.channel.clone(), std::mem::replace(&mut transmission.ready, spare))
         };
         for request in requests.drain(..) {
             channel.clone().submit(request);
         }
-        for request in blocked {
-            self.local.spawn(self.clone().submit_later(request));
-        }
-        for piece in edges {
-            self.local.spawn(self.clone().patch(piece));
-        }
         self.state.borrow_mut().spare = requests;
         true
-    }
-
-    /// Submits a write when nobody else writes its sectors.
-    async fn submit_later(self: Rc<Self>, request: Parked) {
-        let attached = self.state.borrow().attached.as_ref().map(|a| (a.channel.clone(), a.export.clone()));
-        let (Some((channel, export)), Some((piece, range))) = (attached, request.about()) else { return };
-        let sectors = export.writing.lock(range).await;
-        self.with_transmission(|transmission, _| transmission.keep_sectors(piece, sectors));
-        if let Some(request) = request.take() {
-            channel.submit(request);
-        }
-    }
-
-    /// Makes the sectors of a piece whole and writes them.
-    async fn patch(self: Rc<Self>, piece: u32) {
-        let sectors = self.with_transmission(|transmission, _| {
-            let edge = transmission.edge(piece);
-            edge.offset..edge.offset + edge.sectors.len() as u64
-        });
-        let export = self.state.borrow().attached.as_ref().map(|attached| attached.export.clone());
-        let (Some(sectors), Some(export)) = (sectors, export) else { return };
-        let sectors = export.writing.lock(sectors).await;
-        self.with_transmission(|transmission, _| transmission.keep_sectors(piece, sectors));
-        let read = self.read_beside(piece).await;
-        let turn = self.turn_now();
-        self.with_transmission(|transmission, outbox| match read {
-            Ok(()) => transmission.write_edge(piece, &turn),
-            Err(error) => transmission.fail_edge(piece, &error, &turn, outbox),
-        });
-        self.run();
-    }
-
-    async fn read_beside(&self, piece: u32) -> Result<()> {
-        let ends = self.with_transmission(|transmission, _| {
-            let edge = transmission.edge(piece);
-            let last = edge.sectors.len() - 512;
-            let (head, tail) = (edge.start > 0, edge.end < edge.sectors.len());
-            [(head || (tail && last == 0)).then_some(0), (tail && last > 0).then_some(last)]
-        });
-        for at in ends.into_iter().flatten().flatten() {
-            let channel = self.state.borrow().attached.as_ref().map(|attached| attached.channel.clone());
-            let place = self.with_transmission(|transmission, _| {
-                let edge = transmission.edge(piece);
-                (edge.offset + at as u64, edge.account.small(512))
-            });
-            let (Some(channel), Some((offset, buffer))) = (channel, place) else { continue };
-            let sector = read_sector(channel, offset, buffer, self.local.now()).await?;
-            self.with_transmission(|transmission, _| {
-                let edge = transmission.edge(piece);
-                for (index, byte) in sector.iter().enumerate() {
-                    if !(edge.start..edge.end).contains(&(at + index)) {
-                        edge.sectors[at + index] = *byte;
-                    }
-                }
-            });
-        }
-        Ok(())
-    }
-
-    fn with_transmission<T>(&self, work: impl FnOnce(&mut Transmission, &mut Outbox) -> T) -> Option<T> {
-        let state = &mut *self.state.borrow_mut();
-        let Phase::Transmission(transmission) = &mut state.phase else { return None };
-        Some(work(transmission, &mut state.outbox))
     }
 
     /// Reads from the socket what can be used; true if something came of it.
@@ -456,7 +370,6 @@ impl Connection {
             counters: export.disk.statistics().queue(&label.to_string()),
             read_only: terms.read_only,
             _label: label,
-            export: export.clone(),
         };
         Ok((export_info(&geometry, &capabilities, export.read_only), Some((terms, attached))))
     }

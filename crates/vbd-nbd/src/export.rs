@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vbd_core::{Disk, RangeLocks};
+use vbd_core::Disk;
 
 /// How a disk is exported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,8 +19,6 @@ pub(crate) struct Export {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) read_only: bool,
     pub(crate) description: String,
-    /// The sectors that are being written, by whichever connection.
-    pub(crate) writing: Arc<RangeLocks>,
     /// Which numbers connections have, for their counters.
     numbers: Mutex<Vec<bool>>,
 }
@@ -31,7 +29,6 @@ impl Export {
             disk,
             read_only: options.read_only,
             description: options.description,
-            writing: Arc::default(),
             numbers: Mutex::default(),
         })
     }

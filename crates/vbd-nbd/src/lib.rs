@@ -7,7 +7,6 @@
 mod command;
 mod connection;
 mod control;
-mod edges;
 mod error;
 mod export;
 mod extents;

@@ -145,15 +145,6 @@ impl Account {
         self.reserve(size_of(class_of(len))).then(|| self.reserved(len))
     }
 
-    /// A small buffer that is counted but never refused.
-    pub(crate) fn small(self: &Rc<Self>, len: usize) -> Buffer {
-        let bytes = size_of(class_of(len));
-        let beyond = beyond(self.used.get() + bytes) - beyond(self.used.get());
-        self.total.used.fetch_add(beyond, Ordering::SeqCst);
-        self.used.set(self.used.get() + bytes);
-        self.reserved(len)
-    }
-
     /// Buffers for all of `lens`, or none.
     pub(crate) fn buffers(self: &Rc<Self>, lens: impl Iterator<Item = usize> + Clone) -> Option<Vec<Buffer>> {
         let bytes = lens.clone().map(|len| size_of(class_of(len))).sum();

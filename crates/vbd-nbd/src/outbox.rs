@@ -18,8 +18,8 @@ pub(crate) enum Payload {
     Text(&'static str),
     /// Messages of the handshake.
     Bytes(Vec<u8>),
-    /// So many bytes of a buffer, from a start.
-    Data(Buffer, usize, usize),
+    /// So many bytes of a buffer.
+    Data(Buffer, usize),
 }
 
 impl Payload {
@@ -28,7 +28,7 @@ impl Payload {
             Payload::None => &[],
             Payload::Text(text) => text.as_bytes(),
             Payload::Bytes(bytes) => bytes,
-            Payload::Data(buffer, start, len) => &buffer.bytes()[*start..*start + *len],
+            Payload::Data(buffer, len) => &buffer.bytes()[..*len],
         }
     }
 }

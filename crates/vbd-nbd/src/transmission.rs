@@ -7,7 +7,7 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use vbd_core::{Flags, IoVec, Operation, RangeGuard, Request, Result, SECTOR, Sink};
+use vbd_core::{Flags, IoVec, Operation, Request, Result, SECTOR, Sink};
 
 use crate::command::{Command, Kind, Terms, Verdict};
 use crate::extents;
@@ -29,26 +29,9 @@ struct Piece {
     buffer: Option<Buffer>,
     offset: u64,
     len: usize,
-    /// Bytes of the first sector before `offset`.
-    skew: usize,
     /// Which part of its command, for a read that is sent as a whole.
     index: usize,
-    /// Keeps other writes out of the sectors.
-    exclusive: Option<RangeGuard>,
 }
-
-impl Piece {
-    /// The whole sectors that it touches.
-    fn sectors(&self) -> (u64, usize) {
-        (self.offset - self.skew as u64, (self.skew + self.len).next_multiple_of(SECTOR_BYTES))
-    }
-
-    fn is_whole(&self) -> bool {
-        self.skew == 0 && self.len.is_multiple_of(SECTOR_BYTES)
-    }
-}
-
-const SECTOR_BYTES: usize = 512;
 
 enum Input {
     /// A header, of which so many bytes are there.
@@ -85,8 +68,6 @@ pub(crate) struct Transmission {
     long_payloads: bool,
     /// Requests for the disk.
     pub(crate) ready: Vec<Request>,
-    /// Pieces that change a part of a sector: [`Transmission::edge`].
-    pub(crate) edges: Vec<u32>,
 }
 
 impl Transmission {
@@ -101,7 +82,6 @@ impl Transmission {
             vectors: Vec::new(),
             long_payloads: false,
             ready: Vec::new(),
-            edges: Vec::new(),
         }
     }
 
@@ -160,8 +140,8 @@ impl Transmission {
         if piece.len - have < DIRECT {
             return None;
         }
-        let (start, end) = (piece.skew + have, piece.skew + piece.len);
-        piece.buffer.as_mut().map(|buffer| &mut buffer.bytes_mut()[start..end])
+        let end = piece.len;
+        piece.buffer.as_mut().map(|buffer| &mut buffer.bytes_mut()[have..end])
     }
 
     /// So many bytes were received into [`space`](Self::space).
@@ -201,9 +181,8 @@ impl Transmission {
                 Input::Fill { piece: index, have } => {
                     let piece = self.pieces.get(index);
                     let count = rest.len().min(piece.len - have);
-                    let start = piece.skew + have;
                     if let Some(buffer) = &mut piece.buffer {
-                        buffer.bytes_mut()[start..start + count].copy_from_slice(&rest[..count]);
+                        buffer.bytes_mut()[have..have + count].copy_from_slice(&rest[..count]);
                     }
                     rest = &rest[count..];
                     self.advance_fill(index, have + count, turn, out);
@@ -275,7 +254,7 @@ impl Transmission {
     fn start_read(&mut self, index: u32, turn: &Turn) -> bool {
         while self.commands.get(index).left() > 0 {
             let (offset, len) = self.commands.get(index).ahead().next_piece(PIECE);
-            let Some(buffer) = self.account.buffer(covered(offset, len)) else { return false };
+            let Some(buffer) = self.account.buffer(len) else { return false };
             self.commands.get(index).next_piece(PIECE);
             self.read_piece(index, offset, len, buffer, turn);
         }
@@ -287,7 +266,7 @@ impl Transmission {
         let command = self.commands.get(index);
         let mut ahead = command.ahead();
         let lens = std::iter::from_fn(move || {
-            (ahead.left() > 0).then(|| ahead.next_piece(PIECE)).map(|(offset, len)| covered(offset, len))
+            (ahead.left() > 0).then(|| ahead.next_piece(PIECE)).map(|(_, len)| len)
         });
         let Some(buffers) = self.account.buffers(lens) else { return self.start_stream(index, turn) };
         for buffer in buffers {
@@ -323,7 +302,7 @@ impl Transmission {
             return;
         }
         let (offset, len) = command.ahead().next_piece(PIECE);
-        if let Some(buffer) = self.account.buffer(covered(offset, len)) {
+        if let Some(buffer) = self.account.buffer(len) {
             self.commands.get(index).next_piece(PIECE);
             self.read_piece(index, offset, len, buffer, turn);
         }
@@ -336,7 +315,7 @@ impl Transmission {
         let first = piece.index == 0;
         match piece.buffer {
             Some(buffer) if command.error.is_none() => {
-                let data = Payload::Data(buffer, piece.skew, piece.len);
+                let data = Payload::Data(buffer, piece.len);
                 match first {
                     true => out.data(command.about(), true, command.offset, 0, data),
                     false => out.raw(data),
@@ -369,7 +348,7 @@ impl Transmission {
     fn start_fill(&mut self, index: u32) -> bool {
         let command = self.commands.get(index);
         let (offset, len) = command.ahead().next_piece(PIECE);
-        let Some(buffer) = self.account.buffer(covered(offset, len)) else { return false };
+        let Some(buffer) = self.account.buffer(len) else { return false };
         self.commands.get(index).next_piece(PIECE);
         let piece = self.put_piece(index, offset, len, Some(buffer));
         self.input = Input::Fill { piece, have: 0 };
@@ -383,11 +362,7 @@ impl Transmission {
             return;
         }
         let command = piece.command;
-        if piece.is_whole() {
-            self.push_request(index, Operation::Write, turn);
-        } else {
-            self.edges.push(index);
-        }
+        self.push_request(index, Operation::Write, turn);
         self.input = Input::Header(0);
         if self.commands.get(command).left() > 0 {
             self.start(command, turn, out);
@@ -409,20 +384,9 @@ impl Transmission {
     fn start_space(&mut self, index: u32, turn: &Turn) {
         let most = self.terms.most_space(self.commands.get(index).kind);
         let command = self.commands.get(index);
-        let (offset, left) = (command.offset + command.taken, command.left());
-        let into = offset % SECTOR;
-        if into > 0 || left < SECTOR {
-            // A part of a sector is made zeroes by writing them. A trim knows no such parts.
-            let len = left.min(SECTOR - into);
-            command.taken += len;
-            let len = usize::try_from(len).expect("within a sector");
-            let mut buffer = self.account.small(SECTOR_BYTES);
-            buffer.bytes_mut().fill(0);
-            let piece = self.put_piece(index, offset, len, Some(buffer));
-            self.edges.push(piece);
-            return;
-        }
-        let len = (left / SECTOR * SECTOR).min(most);
+        let offset = command.offset + command.taken;
+        // Only the first step may begin within a sector.
+        let len = command.left().min(most - offset % SECTOR);
         command.taken += len;
         let operation = match command.kind {
             Kind::Discard => Operation::Discard,
@@ -453,13 +417,12 @@ impl Transmission {
     }
 
     fn put_piece(&mut self, command: u32, offset: u64, len: usize, buffer: Option<Buffer>) -> u32 {
-        let skew = usize::try_from(offset % SECTOR).expect("within a sector");
         let index = self.commands.get(command).piece_out();
-        self.pieces.put(Piece { command, buffer, offset, len, skew, index, exclusive: None })
+        self.pieces.put(Piece { command, buffer, offset, len, index })
     }
 
     fn push_request(&mut self, piece: u32, operation: Operation, turn: &Turn) {
-        let (offset, len) = self.pieces.get(piece).sectors();
+        let &mut Piece { offset, len, .. } = self.pieces.get(piece);
         self.push(piece, operation, offset, len as u64, turn);
     }
 
@@ -476,36 +439,6 @@ impl Transmission {
             request.memory.push(buffer.piece(0, usize::try_from(len).expect("a piece")));
         }
         self.ready.push(request);
-    }
-
-    /// The piece of [`edges`](Self::edges) with this number: the sectors it touches, which of their bytes it brings,
-    /// and where they are.
-    pub(crate) fn edge(&mut self, index: u32) -> Edge<'_> {
-        let account = self.account.clone();
-        let piece = self.pieces.get(index);
-        let (offset, len) = piece.sectors();
-        let bytes = piece.buffer.as_mut().map(|buffer| &mut buffer.bytes_mut()[..len]).unwrap_or_default();
-        Edge { offset, sectors: bytes, start: piece.skew, end: piece.skew + piece.len, account }
-    }
-
-    /// Writes a piece of [`edges`](Self::edges), its sectors made whole.
-    pub(crate) fn write_edge(&mut self, index: u32, turn: &Turn) {
-        self.push_request(index, Operation::Write, turn);
-    }
-
-    /// Whether a request still needs its sectors for itself: a write that does not have them yet.
-    pub(crate) fn wants_sectors(&mut self, request: &Request) -> bool {
-        request.operation.is_write() && self.pieces.get(piece_of(request)).exclusive.is_none()
-    }
-
-    /// Keeps a piece's sectors for it until it is done.
-    pub(crate) fn keep_sectors(&mut self, piece: u32, sectors: RangeGuard) {
-        self.pieces.get(piece).exclusive = Some(sectors);
-    }
-
-    /// A piece of [`edges`](Self::edges) could not be made whole.
-    pub(crate) fn fail_edge(&mut self, index: u32, error: &vbd_core::Error, turn: &Turn, out: &mut Outbox) {
-        self.piece_done(index, Err(NbdError::from_kind(error.kind(), false)), turn, out);
     }
 
     /// A request has come back.
@@ -541,7 +474,7 @@ impl Transmission {
         };
         let (fixed, len) = extents::encode(&request.extents, asked, buffer.bytes_mut());
         command.answered = true;
-        out.status(command.about(), fixed.bytes(), len, Payload::Data(buffer, 0, len));
+        out.status(command.about(), fixed.bytes(), len, Payload::Data(buffer, len));
     }
 
     fn piece_done(&mut self, index: u32, result: Result<(), NbdError>, turn: &Turn, out: &mut Outbox) {
@@ -559,11 +492,11 @@ impl Transmission {
             Kind::Read if command.error.is_none() => {
                 let Some(buffer) = piece.buffer else { return };
                 if command.whole {
-                    command.keep(piece.index, buffer, piece.skew, piece.len);
+                    command.keep(piece.index, buffer, piece.len);
                 } else {
                     let last = command.is_done();
                     command.answered |= last;
-                    let data = Payload::Data(buffer, piece.skew, piece.len);
+                    let data = Payload::Data(buffer, piece.len);
                     out.data(command.about(), last, piece.offset, piece.len, data);
                 }
             }
@@ -589,33 +522,11 @@ impl Transmission {
             None => {
                 let len = usize::try_from(command.len).expect("a payload");
                 let mut parts = command.parts.into_iter().flatten();
-                if let Some((buffer, start, part)) = parts.next() {
-                    out.data(about, true, command.offset, len, Payload::Data(buffer, start, part));
+                if let Some((buffer, part)) = parts.next() {
+                    out.data(about, true, command.offset, len, Payload::Data(buffer, part));
                 }
-                parts.for_each(|(buffer, start, len)| out.raw(Payload::Data(buffer, start, len)));
+                parts.for_each(|(buffer, len)| out.raw(Payload::Data(buffer, len)));
             }
         }
     }
-}
-
-/// A piece that changes parts of sectors.
-pub(crate) struct Edge<'a> {
-    /// Where the sectors are.
-    pub(crate) offset: u64,
-    /// The sectors, with the piece's own bytes from `start` to `end`.
-    pub(crate) sectors: &'a mut [u8],
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    pub(crate) account: Rc<Account>,
-}
-
-/// Bytes of the whole sectors that a range touches.
-fn covered(offset: u64, len: usize) -> usize {
-    let into = usize::try_from(offset % SECTOR).expect("within a sector");
-    (into + len).next_multiple_of(SECTOR_BYTES)
-}
-
-/// The piece that a request is for.
-pub(crate) fn piece_of(request: &Request) -> u32 {
-    u32::try_from(request.token).expect("tokens are pieces")
 }

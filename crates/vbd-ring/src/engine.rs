@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::op::Waits;
 use crate::reactor::Shared;
 use crate::threads::Threads;
 use crate::uring::Uring;
@@ -112,8 +113,7 @@ impl Engine {
 struct Flight {
     sink: Rc<dyn Completion>,
     token: u64,
-    /// Waits for somebody else (a socket, an eventfd), perhaps for ever.
-    waits: bool,
+    waits: Waits,
     _file: Option<FileHandle>,
 }
 
@@ -129,7 +129,7 @@ impl Flights {
         &mut self,
         sink: Rc<dyn Completion>,
         token: u64,
-        waits: bool,
+        waits: Waits,
         file: Option<FileHandle>,
     ) -> OpId {
         let slot = self.free.pop().unwrap_or_else(|| {
@@ -158,11 +158,21 @@ impl Flights {
         self.slots.len() - self.free.len()
     }
 
-    /// The operations in flight that wait for somebody else, or all of them.
-    pub(crate) fn ids(&self, all: bool) -> Vec<OpId> {
+    /// How many of them end before the thread does.
+    pub(crate) fn ending(&self) -> usize {
+        let flights = self.slots.iter().filter_map(|(_, flight)| flight.as_ref());
+        flights.filter(|flight| flight.waits != Waits::Driver).count()
+    }
+
+    /// The operations in flight that wait for somebody else, or for storage too.
+    pub(crate) fn ids(&self, storage: bool) -> Vec<OpId> {
         let slots = self.slots.iter().enumerate();
-        let chosen =
-            slots.filter(|(_, (_, flight))| flight.as_ref().is_some_and(|flight| all || flight.waits));
+        let wanted = |flight: &Flight| match flight.waits {
+            Waits::Peer => true,
+            Waits::Storage => storage,
+            Waits::Driver => false,
+        };
+        let chosen = slots.filter(|(_, (_, flight))| flight.as_ref().is_some_and(wanted));
         chosen.map(|(slot, (generation, _))| OpId(u64::from(*generation) << 32 | slot as u64)).collect()
     }
 }

@@ -5,10 +5,13 @@
 //! pollers, timers and tasks. Nothing outside this crate knows io_uring; where the kernel forbids it a thread pool
 //! stands behind the same face ([`EngineKind`]).
 //!
+//! A driver's control commands, which a reactor's ring has no room for, go by [`command`].
+//!
 //! Memory handed to an operation must stay valid until its completion was seen, whatever was cancelled: the
 //! completion sink owns it, and the reactor owns the sink until then.
 
 mod clock;
+pub mod command;
 mod engine;
 mod file;
 mod op;

@@ -61,12 +61,35 @@ pub enum Op {
     },
     /// accept4(2) with SOCK_CLOEXEC; the result is a new descriptor that the sink owns.
     Accept,
+    /// A command of the descriptor's own driver (IORING_OP_URING_CMD), which there is only with io_uring. Its result
+    /// may be long in coming, and it cannot be cancelled: it ends with the device, or with this thread.
+    Command {
+        /// The driver's number for it.
+        op: u32,
+        /// The driver's own.
+        data: [u8; 16],
+    },
+}
+
+/// What an operation in flight waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// Storage, which answers.
+    Storage,
+    /// Somebody else, perhaps for ever.
+    Peer,
+    /// A driver, which gives it back when this thread ends.
+    Driver,
 }
 
 impl Op {
-    /// Whether this waits for somebody else rather than for storage.
-    pub(crate) fn waits(&self) -> bool {
-        matches!(self, Op::Poll { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Accept)
+    /// What this waits for.
+    pub(crate) fn waits(&self) -> Waits {
+        match self {
+            Op::Poll { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Accept => Waits::Peer,
+            Op::Command { .. } => Waits::Driver,
+            _ => Waits::Storage,
+        }
     }
 }
 
@@ -138,16 +161,21 @@ unsafe fn system_call(fd: i32, op: &Op) -> isize {
                 }
                 libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) as isize
             }
+            // There is no such call.
+            Op::Command { .. } => fail(libc::EOPNOTSUPP),
         }
     }
 }
 
 /// poll(2) said that nothing is ready: the answer of a descriptor that does not block.
 fn would_block(ready: isize) -> isize {
-    if ready == 0 {
-        // SAFETY: errno is this thread's own.
-        unsafe { *libc::__errno_location() = libc::EAGAIN };
-    }
+    if ready == 0 { fail(libc::EAGAIN) } else { -1 }
+}
+
+/// What a system call returns that fails with this error.
+fn fail(errno: i32) -> isize {
+    // SAFETY: errno is this thread's own.
+    unsafe { *libc::__errno_location() = errno };
     -1
 }
 

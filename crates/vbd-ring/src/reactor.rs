@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::clock::Timers;
 use crate::engine::{Engine, Flights};
 use crate::file::Unregister;
+use crate::op::Waits;
 use crate::task::{Awaited, AwaitedResult, Cancel, Tasks};
 use crate::{Completion, EngineKind, FileHandle, Op, OpId, Poller, TimerId, pool};
 
@@ -37,6 +38,10 @@ impl Default for Settings {
         }
     }
 }
+
+/// So many short pauses in a row make it worth spinning through the next. Storage that answers a batch in parts makes
+/// short ones now and then, before a long one that would be spun through in vain.
+const SHORT_IN_A_ROW: u32 = 8;
 
 /// A result to deliver later in the turn.
 type Deferred = (Rc<dyn Completion>, u64, i32);
@@ -222,6 +227,8 @@ struct Inner {
     /// The reactor's own wait for a wake-up.
     wake_up: Cell<Option<OpId>>,
     spin: Cell<Duration>,
+    /// Short pauses in a row.
+    short: Cell<u32>,
     /// More work is [expected](Local::expect) after that of this turn.
     expecting: Cell<bool>,
     /// Slots of handles that were dropped while the engine was in use.
@@ -278,6 +285,7 @@ impl Local {
             now: Cell::new(Instant::now()),
             wake_up: Cell::new(None),
             spin: Cell::new(Duration::ZERO),
+            short: Cell::new(0),
             expecting: Cell::new(false),
             unregister: RefCell::default(),
         })))
@@ -288,6 +296,12 @@ impl Local {
         let slot = self.0.engine.borrow_mut().register(&fd);
         let inner: Weak<dyn Unregister> = Rc::downgrade(&(self.0.clone() as Rc<dyn Unregister>));
         FileHandle::new(fd, slot.map(|slot| (slot, inner)))
+    }
+
+    /// The same without a slot in the ring's table. Kernels before 6.13 keep a file whose slot was taken back open for
+    /// as long as anything older is in flight on any slot: not for one whose closing somebody waits for.
+    pub fn plain_file(&self, fd: Arc<OwnedFd>) -> FileHandle {
+        FileHandle::new(fd, None)
     }
 
     /// Starts an operation; its result reaches `sink` with `token`, exactly once.
@@ -326,7 +340,7 @@ impl Local {
         sink: Rc<dyn Completion>,
         token: u64,
     ) {
-        let id = self.0.flights.borrow_mut().add(sink, token, false, None);
+        let id = self.0.flights.borrow_mut().add(sink, token, Waits::Storage, None);
         let shared = self.0.shared.clone();
         pool::run(Box::new(move || {
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(-libc::EIO);
@@ -547,13 +561,10 @@ impl Local {
 
     /// Sets the time to spin from how long a pause has lasted of which so much might have been spun.
     fn adapt(&self, pause: Duration, bound: Duration) {
-        let spin = self.0.spin.get();
-        self.0.spin.set(match pause {
-            // Also where it was slept through: spinning would have found the work.
-            pause if pause <= bound => bound,
-            _ if spin <= bound / 8 => Duration::ZERO,
-            _ => spin / 2,
-        });
+        // Also where it was slept through: spinning would have found the work.
+        let short = if pause <= bound { (self.0.short.get() + 1).min(SHORT_IN_A_ROW) } else { 0 };
+        self.0.short.set(short);
+        self.0.spin.set(if short == SHORT_IN_A_ROW { bound } else { Duration::ZERO });
     }
 
     /// Whether a reactor that was asked to stop can end; cancels what is late.
@@ -562,7 +573,7 @@ impl Local {
         let now = Instant::now();
         let since = *stopping.get_or_insert(now);
         let wake_up = self.0.wake_up.get();
-        let others = self.0.flights.borrow().len() - usize::from(wake_up.is_some());
+        let others = self.0.flights.borrow().ending() - usize::from(wake_up.is_some());
         if others == 0 || now > since + self.0.settings.stop_within * 2 {
             wake_up.into_iter().for_each(|id| self.cancel(id));
             let mut done = Vec::new();

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::op::Waits;
 use crate::reactor::Shared;
 use crate::{FileHandle, Op, OpId, execute, pool};
 
@@ -29,7 +30,7 @@ impl Threads {
     /// # Safety
     /// The pointers in `op` stay valid until the result was reaped.
     pub(crate) unsafe fn start(&mut self, id: OpId, file: &FileHandle, op: &Op) {
-        if op.waits() {
+        if op.waits() == Waits::Peer {
             self.waiting.push((id, file.clone(), *op));
             return;
         }

@@ -214,6 +214,7 @@ fn entry(file: Fd, op: &Op) -> squeue::Entry {
         Op::Accept => opcode::Accept::new(file, std::ptr::null_mut(), std::ptr::null_mut())
             .flags(libc::SOCK_CLOEXEC)
             .build(),
+        Op::Command { op, data } => opcode::UringCmd16::new(file, op).cmd(data).build(),
     }
 }
 

@@ -323,3 +323,25 @@ fn registered_files_are_given_back() {
     reactor.handle().call(|_| ());
     assert_eq!(Arc::strong_count(&file), 1);
 }
+
+#[test]
+fn a_command_that_a_file_does_not_know_is_an_error_and_holds_nothing_up() {
+    both(|reactor| {
+        let (sender, results) = channel();
+        reactor.handle().post(move |local| {
+            let file = local.plain_file(temporary());
+            let op = Op::Command { op: 1, data: [0; 16] };
+            // SAFETY: the command has no pointers.
+            unsafe { local.submit(&file, &op, Rc::new(Tell(sender)), 7) };
+        });
+        assert_eq!(results.recv_timeout(LONG), Ok((7, -libc::EOPNOTSUPP)));
+    });
+}
+
+#[test]
+fn a_control_command_has_its_result() {
+    let file = temporary();
+    // SAFETY: the command has no pointers.
+    let result = unsafe { vbd_ring::command::run(file.as_fd(), 1, [0; 80]) };
+    assert_eq!(result.expect("a ring"), -libc::EOPNOTSUPP);
+}

@@ -18,7 +18,6 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 use crate::backchannel::Backchannel;
 use crate::config::{self, Space, feature};
 use crate::dirty::DirtyLog;
-use crate::flush::flush;
 use crate::inflight::{self, Inflight, Tracker};
 use crate::memory::{MOST_REGIONS, Mapping, Memory, Region};
 use crate::notify;
@@ -27,6 +26,7 @@ use crate::request::Limits;
 use crate::ring::{Addresses, MOST_ENTRIES};
 use crate::server::Shared;
 use crate::sigbus::Owner;
+use vbd_core::flush;
 
 /// After waiting requests were cancelled, how long they may take to come back.
 const CANCELLED_WITHIN: Duration = Duration::from_secs(1);

@@ -14,7 +14,6 @@ mod config;
 mod connection;
 mod device;
 mod dirty;
-mod flush;
 mod fuzz;
 mod inflight;
 mod log;

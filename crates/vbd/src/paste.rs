@@ -10,6 +10,7 @@ pub(crate) fn lines(disk: &DiskInfo) -> String {
     for front_end in &disk.front_ends {
         let lines = match front_end.kind.as_str() {
             "vhost-user" => vhost_user(disk, front_end),
+            "ublk" => ublk(disk, front_end),
             _ => nbd(disk, front_end),
         };
         for (program, line) in lines {
@@ -21,19 +22,61 @@ pub(crate) fn lines(disk: &DiskInfo) -> String {
 }
 
 fn vhost_user(disk: &DiskInfo, front_end: &FrontEndInfo) -> Vec<(&'static str, String)> {
-    let socket = shell(&front_end.address);
     let id: String = disk.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
-    let qemu_socket = shell(&front_end.address.replace(',', ",,"));
+    let socket = shell(&front_end.address.replace(',', ",,"));
+    let hypervisor = match cloud_hypervisor_value(&front_end.address) {
+        Some(socket) => {
+            format!("--memory size=1G,shared=on --disk {}", shell(&format!("vhost_user=on,socket={socket}")))
+        }
+        None => "cannot be told this socket's path: give it one without quotes and brackets".to_owned(),
+    };
     vec![
         (
             "QEMU",
             format!(
                 "-object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \
-                 -chardev socket,id=vbd-{id},path={qemu_socket} -device vhost-user-blk-pci,chardev=vbd-{id}"
+                 -chardev socket,id=vbd-{id},path={socket} -device vhost-user-blk-pci,chardev=vbd-{id}"
             ),
         ),
-        ("Cloud Hypervisor", format!("--memory size=1G,shared=on --disk vhost_user=on,socket={socket}")),
-        ("crosvm", format!("--vhost-user block,socket={socket}")),
+        ("Cloud Hypervisor", hypervisor),
+        (
+            "crosvm",
+            format!("--vhost-user {}", shell(&format!("block,socket={}", crosvm_value(&front_end.address)))),
+        ),
+    ]
+}
+
+/// A value as Cloud Hypervisor's options take it: what has a comma stands in quotes, and there is no way to say a quote,
+/// a bracket without its partner, or blanks around it.
+fn cloud_hypervisor_value(value: &str) -> Option<String> {
+    let mut open = 0usize;
+    for c in value.chars() {
+        match c {
+            '"' => return None,
+            '[' => open += 1,
+            ']' => open = open.checked_sub(1)?,
+            _ => {}
+        }
+    }
+    let sayable = open == 0 && value.trim() == value;
+    sayable.then(|| if value.contains(',') { format!("\"{value}\"") } else { value.to_owned() })
+}
+
+/// A value as crosvm's options take it: in quotes, with backslashes, where it has characters with a meaning.
+fn crosvm_value(value: &str) -> String {
+    if value.contains([',', '"', '\'', '[', ']']) {
+        format!("\"{}\"", value.replace('\\', r"\\").replace('"', r#"\""#))
+    } else {
+        value.to_owned()
+    }
+}
+
+fn ublk(disk: &DiskInfo, front_end: &FrontEndInfo) -> Vec<(&'static str, String)> {
+    let device = &front_end.address;
+    let (options, access) = if disk.read_only { (" -o ro", "r") } else { ("", "w") };
+    vec![
+        ("Linux", format!("mount{options} {device} /mnt")),
+        ("Xen", format!("disk = [ 'phy:{device},xvda,{access}' ]")),
     ]
 }
 
@@ -55,12 +98,10 @@ fn nbd(disk: &DiskInfo, front_end: &FrontEndInfo) -> Vec<(&'static str, String)>
             )
         }
     };
-    let access = if disk.read_only { "r" } else { "w" };
+    let (access, drive) = if disk.read_only { ("r", ",readonly=on") } else { ("w", "") };
+    let file = uri.replace(',', ",,");
     vec![
-        (
-            "QEMU",
-            format!("-drive {}", shell(&format!("file={},format=raw,if=virtio", uri.replace(',', ",,")))),
-        ),
+        ("QEMU", format!("-drive {}", shell(&format!("file={file},format=raw,if=virtio{drive}")))),
         ("libnbd", format!("nbdinfo {}", shell(&uri))),
         ("Linux", client.clone()),
         ("Xen", format!("{client}, then: disk = [ 'phy:/dev/nbd0,xvda,{access}' ]")),
@@ -84,13 +125,4 @@ fn percent(part: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_survive_the_shell_and_the_uri() {
-        assert_eq!(shell("/run/vm1.sock"), "/run/vm1.sock");
-        assert_eq!(shell("it's here"), r"'it'\''s here'");
-        assert_eq!(percent("/run/a b?"), "/run/a%20b%3F");
-    }
-}
+mod tests;

@@ -1,10 +1,14 @@
 //! `vbd build`: its report, its exit codes, and what a signal leaves. What is in an image is tested where it is made.
 
+mod common;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use common::{names, refused};
 
 fn vbd(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vbd"));
@@ -14,22 +18,6 @@ fn vbd(directory: &Path) -> Command {
 
 fn build(directory: &Path, arguments: &[&str]) -> Output {
     vbd(directory).arg("build").args(arguments).output().unwrap()
-}
-
-/// Expect that exit code and each of these texts in the message.
-fn refused(output: &Output, code: i32, texts: &[&str]) {
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    for text in texts {
-        assert!(message.contains(text), "{text:?} is not in: {message}");
-    }
-}
-
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 /// A place with a small tree in it.
@@ -88,6 +76,80 @@ fn refusals_have_their_exit_codes() {
     assert_eq!(names(place.path()), ["bad.toml", "tree"]);
     assert!(with(&[]).status.success());
     refused(&with(&[]), 1, &["exists already", "--force"]);
+}
+
+/// In the place of mmdebstrap: notes its arguments, and has the tree of the place for a suite.
+fn with_a_stand_in(place: &Path, script: &str) -> Command {
+    use std::os::unix::fs::PermissionsExt;
+
+    let program = place.join("bin/mmdebstrap");
+    fs::create_dir_all(place.join("bin")).unwrap();
+    fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", place.join("bin").display(), std::env::var("PATH").unwrap());
+    let mut command = vbd(place);
+    command.env("PATH", path).env("PLACE", place);
+    command
+}
+
+#[test]
+fn suites_of_both_distributions_are_installed_by_mmdebstrap() {
+    let place = place();
+    let record = "printf '%s\\n' \"$@\" >\"$PLACE/arguments\"; exec tar -C \"$PLACE/tree\" -cf - .";
+    let install = |from: &str, more: &[&str]| {
+        let mut command = with_a_stand_in(place.path(), record);
+        command.args(["build", "disk", "--force", "--size", "16M", "--json", "--from", from]).args(more);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["counts"]["files"], 1, "the tree of the place");
+        let text = fs::read_to_string(place.path().join("arguments")).unwrap();
+        text.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let all = [
+        "--components",
+        "main,universe",
+        "--packages",
+        "vim,ssh",
+        "--variant",
+        "minbase",
+        "--mirror",
+        "http://m/u",
+    ];
+    for from in ["debian:trixie", "ubuntu:noble"] {
+        let suite = from.split_once(':').unwrap().1;
+        let plain =
+            ["--format=tar", "--variant", "minbase", "--components", "main,universe", "--include", "vim,ssh"];
+        assert_eq!(install(from, &all), [&plain[..], &["--", suite, "-", "http://m/u"]].concat());
+        // The host's own archives, of that distribution alone; where it has none, mmdebstrap's.
+        let arguments = install(from, &[]);
+        let (plain, archives) = arguments.split_at(7);
+        assert_eq!(plain, ["--format=tar", "--variant", "important", "--components", "main", "--", suite]);
+        assert_eq!(archives[0], "-");
+        let distribution = format!("/{}", from.split_once(':').unwrap().0);
+        let of_it = |line: &String| {
+            line.starts_with("deb ") && line.contains(&distribution) && line.ends_with(" main")
+        };
+        assert!(archives[1..].iter().all(of_it), "{archives:?}");
+    }
+}
+
+#[test]
+fn a_suite_that_is_not_to_be_had_leaves_nothing_and_says_why() {
+    let place = place();
+    let unsigned = "echo \"E: The repository 'http://u noble InRelease' is not signed.\" >&2; exit 25";
+    for (script, texts) in [
+        (unsigned, &["mmdebstrap failed", "is not signed", "ubuntu-keyring"][..]),
+        ("echo 'E: no such suite' >&2; exit 1", &["mmdebstrap failed", "no such suite"]),
+        // What came before it failed is no image.
+        ("tar -C \"$PLACE/tree\" -cf - .; echo 'E: too late' >&2; exit 1", &["too late"]),
+    ] {
+        let mut command = with_a_stand_in(place.path(), script);
+        let output =
+            command.args(["build", "disk", "--size", "16M", "--from", "ubuntu:noble"]).output().unwrap();
+        refused(&output, 1, texts);
+        assert_eq!(names(place.path()), ["bin", "tree"]);
+    }
 }
 
 #[test]

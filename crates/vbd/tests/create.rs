@@ -1,11 +1,14 @@
 //! `vbd create`: what it makes, and what it refuses without leaving anything behind.
 
+mod common;
+
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::{names, refused};
 use vbd_image::lease::{Lease, Mode, Options};
 
 fn vbd() -> Command {
@@ -20,22 +23,6 @@ fn create(directory: &Path, arguments: &[&str]) -> Output {
 fn made(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!((output.stdout.len(), output.stderr.len()), (0, 0));
-}
-
-/// Expect that exit code and each of these texts in the message.
-fn refused(output: &Output, code: i32, texts: &[&str]) {
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    for text in texts {
-        assert!(message.contains(text), "{text:?} is not in: {message}");
-    }
-}
-
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 fn directory() -> (tempfile::TempDir, PathBuf) {

@@ -1,11 +1,14 @@
 //! `vbd info`: what it tells of good files and of bad ones.
 
+mod common;
+
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Output};
 
+use common::refused;
 use serde_json::Value;
 use vbd_image::lease::{Lease, Mode, Options};
 
@@ -32,15 +35,6 @@ fn text(directory: &Path, name: &str) -> String {
 
 fn json(directory: &Path, name: &str) -> Value {
     serde_json::from_slice(&info(directory, &["--json", name]).stdout).unwrap()
-}
-
-fn refused(output: &Output, code: i32, texts: &[&str]) {
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    for text in texts {
-        assert!(message.contains(text), "{text:?} is not in: {message}");
-    }
-    assert!(output.stdout.is_empty());
 }
 
 /// A file of 2 GiB and 1 KiB with an ext4 in it.

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use vbd_tests::cpu_time;
 use virtio_driver::EventFd;
 
 use crate::cli::Args;
@@ -26,8 +27,8 @@ struct Cpu {
 
 impl Cpu {
     fn now(args: &Args) -> anyhow::Result<Self> {
-        let server = args.server_pid.map(cpu::process_time).transpose()?;
-        Ok(Cpu { own: cpu::process_time(std::process::id())?, server })
+        let server = args.server_pid.map(cpu_time).transpose()?;
+        Ok(Cpu { own: cpu_time(std::process::id())?, server })
     }
 }
 

@@ -64,6 +64,7 @@ pub(crate) fn tables(results: &Results, verdicts: &[Verdict]) -> String {
         });
     }
     text += &idle(results);
+    text += &ublk(results);
     text += &failures(results);
     text
 }
@@ -85,6 +86,21 @@ fn idle(results: &Results) -> String {
         idle.cpu_unconnected_s,
         idle.cpu_connected_s
     )
+}
+
+fn ublk(results: &Results) -> String {
+    if results.ublk.is_empty() {
+        return String::new();
+    }
+    let mut text =
+        "\n### ublk, in an emulated guest: IOPS, and the ratio to a loop device with direct I/O\n\n\
+                    | | loop, direct I/O | **vbd, ublk** |\n|---|---:|---:|\n"
+            .to_owned();
+    for row in &results.ublk {
+        let (looped, ublk) = (thousands(row.looped), thousands(row.ublk));
+        let _ = writeln!(text, "| {} | {looped} (1.00) | {ublk} ({:.2}) |", row.load, row.ratio());
+    }
+    text
 }
 
 fn machine(results: &Results) -> String {

@@ -35,6 +35,7 @@ impl Storage {
         if !ready {
             fill(&path, size).with_context(|| format!("write {}", path.display()))?;
         }
+        warm(&path).with_context(|| format!("read {}", path.display()))?;
         Ok(path)
     }
 
@@ -58,6 +59,13 @@ fn fill(path: &Path, size: u64) -> Result<()> {
         file.write_all(&chunk)?;
     }
     file.sync_all()?;
+    Ok(())
+}
+
+/// Reads all of it once. What lies below a virtual machine's disk may have a cache of its own, which would favour whoever
+/// comes later.
+fn warm(path: &Path) -> Result<()> {
+    std::io::copy(&mut File::open(path)?, &mut std::io::sink())?;
     Ok(())
 }
 

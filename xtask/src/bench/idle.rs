@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use vbd_tests::command;
+use vbd_tests::{command, cpu_time};
 
-use super::{Tools, cpu, peers};
+use super::{Tools, peers};
 
 const DISKS: usize = 1000;
 const WATCH: Duration = Duration::from_secs(5);
@@ -68,9 +68,9 @@ pub(crate) fn measure(tools: &Tools) -> Result<Idle> {
 /// CPU seconds that a process uses in five seconds, after a moment to settle.
 fn watch(pid: u32) -> Result<f64> {
     thread::sleep(Duration::from_millis(500));
-    let before = cpu::seconds(pid)?;
+    let before = cpu_time(pid)?;
     thread::sleep(WATCH);
-    Ok(cpu::seconds(pid)? - before)
+    Ok((cpu_time(pid)? - before).as_secs_f64())
 }
 
 /// The proportional set size of a process in KiB.

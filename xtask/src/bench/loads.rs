@@ -6,8 +6,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vbd_tests::cpu_time;
 
-use super::{Plan, cpu, output};
+use super::{Plan, output};
 
 /// One load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,7 +90,7 @@ pub(crate) fn measure(plan: &Plan, load: Load, target: &Target, server: Option<u
 }
 
 fn fio(plan: &Plan, load: Load, how: &[String], server: Option<u32>) -> Result<Sample> {
-    let before = server.map(cpu::seconds).transpose()?;
+    let before = server.map(cpu_time).transpose()?;
     let text = output(
         Command::new("fio")
             .args(["--name=bench", "--thread", "--time_based", "--norandommap", "--randrepeat=0"])
@@ -100,7 +101,7 @@ fn fio(plan: &Plan, load: Load, how: &[String], server: Option<u32>) -> Result<S
             .arg(format!("--iodepth={}", load.depth))
             .arg(format!("--runtime={:.0}ms", plan.seconds * 1e3)),
     )?;
-    let after = server.map(cpu::seconds).transpose()?;
+    let after = server.map(cpu_time).transpose()?;
 
     // The nbd engine says hello before the JSON.
     let start = text.find("{\n").context("fio printed no JSON")?;
@@ -114,7 +115,7 @@ fn fio(plan: &Plan, load: Load, how: &[String], server: Option<u32>) -> Result<S
         iops: number(&side["iops"])?,
         mb_per_s: number(&side["bw_bytes"])? / 1e6,
         latency_us: number(&side["lat_ns"]["mean"])? / 1e3,
-        iops_per_cpu: after.zip(before).map(|(after, before)| requests / (after - before)),
+        iops_per_cpu: after.zip(before).map(|(after, before)| requests / (after - before).as_secs_f64()),
     })
 }
 

@@ -11,6 +11,7 @@ use super::idle::Idle;
 use super::loads::Sample;
 use super::machine::Machine;
 use super::peers::Peer;
+use super::ublk::Row;
 
 /// All of it.
 #[derive(Serialize, Deserialize)]
@@ -20,6 +21,9 @@ pub(crate) struct Results {
     /// By load, `disk/randread-4K-32`, then by peer.
     pub(crate) loads: BTreeMap<String, BTreeMap<String, Cell>>,
     pub(crate) idle: Option<Idle>,
+    /// Measured in a guest.
+    #[serde(default)]
+    pub(crate) ublk: Vec<Row>,
 }
 
 /// How it was measured.
@@ -48,7 +52,7 @@ impl Cell {
 impl Results {
     pub(crate) fn new(machine: Machine, plan: &Plan) -> Self {
         let settings = Settings { runs: plan.runs, seconds: plan.seconds, wait: plan.wait.clone() };
-        Results { machine, settings, loads: BTreeMap::new(), idle: None }
+        Results { machine, settings, loads: BTreeMap::new(), idle: None, ublk: Vec::new() }
     }
 
     pub(crate) fn read(path: &Path) -> Result<Self> {
@@ -66,6 +70,7 @@ impl Results {
     pub(crate) fn merge(&mut self, earlier: Results) {
         self.loads = earlier.loads;
         self.idle = earlier.idle;
+        self.ublk = earlier.ublk;
     }
 
     /// Forgets what is known of a load.

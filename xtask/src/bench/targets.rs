@@ -151,6 +151,11 @@ pub(crate) fn judge(results: &Results) -> Vec<Verdict> {
         }
     }
 
+    let [_, deep, _] = Load::RANDOM_READ;
+    let row = results.ublk.iter().find(|row| row.load == deep.name());
+    let what = format!("ublk, in a guest: {} against loop with direct I/O", deep.name());
+    verdicts.push(verdict(what, Bound::AtLeast(1.2), row.map(super::ublk::Row::ratio), "x"));
+
     let idle = results.idle.as_ref();
     let mut add =
         |what: &str, bound, found, unit| verdicts.push(verdict(what.to_owned(), bound, found, unit));

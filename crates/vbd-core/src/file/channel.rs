@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use vbd_ring::{Completion, FileHandle, IoVec, Local, Op, execute};
 
 use super::buffer::slice;
+use super::exclusion::{Permit, Writes};
 use super::{Backend, Cache, Fault};
-use crate::range_lock::RangeGuard;
 use crate::{Channel, Error, ErrorKind, Guard, Operation, Request, Result};
 
 /// The most pieces of memory in one call (UIO_MAXIOV).
@@ -27,6 +27,7 @@ pub struct FileChannel {
     pub(super) data: FileHandle,
     pub(super) buffered: FileHandle,
     slots: RefCell<Slots>,
+    pub(super) writes: Writes,
     /// Holds the lease: for as long as anything is in the kernel.
     pub(super) owner: Guard,
 }
@@ -40,7 +41,7 @@ struct Slots {
 
 struct InFlight {
     request: Request,
-    lock: Option<RangeGuard>,
+    permit: Option<Permit>,
 }
 
 impl Slots {
@@ -70,6 +71,7 @@ impl FileChannel {
             local.file(backend.buffered.clone())
         };
         Rc::new(FileChannel {
+            writes: backend.writing.queue(),
             backend,
             local: local.clone(),
             data,
@@ -92,9 +94,6 @@ impl FileChannel {
         if end.is_none_or(|end| end > backend.size()) {
             let message = format!("the disk ends at {}", backend.size());
             return Err(Error::new(ErrorKind::OutOfRange, message));
-        }
-        if !(request.offset | request.len).is_multiple_of(crate::SECTOR) {
-            return Err(Error::new(ErrorKind::OutOfRange, "not a multiple of 512"));
         }
         let transfers = matches!(request.operation, Operation::Read | Operation::Write);
         if transfers && request.memory.iter().map(|piece| piece.iov_len as u64).sum::<u64>() != request.len {
@@ -135,18 +134,18 @@ impl FileChannel {
         request.flags.fua || self.backend.cache == Cache::Writethrough
     }
 
-    fn start(self: Rc<Self>, mut request: Request, op: Op, lock: Option<RangeGuard>) {
+    fn start(self: Rc<Self>, mut request: Request, op: Op, permit: Option<Permit>) {
         request.issued_at = Some(self.local.now());
         let fault = self.backend.faults.as_ref().and_then(|faults| faults.before(&op));
         match fault {
-            Some(fault) => self.start_faulty(request, op, lock, fault),
+            Some(fault) => self.start_faulty(request, op, permit, fault),
             None if self.backend.in_memory => {
                 // SAFETY: the request owns its pieces and their guard, and is alive.
                 let result = unsafe { execute(self.data.as_fd(), &op) };
-                self.finish(InFlight { request, lock }, result);
+                self.finish(InFlight { request, permit }, result);
             }
             None => {
-                let token = self.slots.borrow_mut().put(InFlight { request, lock });
+                let token = self.slots.borrow_mut().put(InFlight { request, permit });
                 let local = self.local.clone();
                 let data = self.data.clone();
                 // SAFETY: the slot owns the request until `complete`; the reactor owns this channel until then.
@@ -155,10 +154,10 @@ impl FileChannel {
         }
     }
 
-    fn start_faulty(self: Rc<Self>, request: Request, op: Op, lock: Option<RangeGuard>, fault: Fault) {
+    fn start_faulty(self: Rc<Self>, request: Request, op: Op, permit: Option<Permit>, fault: Fault) {
         // SAFETY: as in `start`.
         let result = unsafe { faulty(&self.data, &op, &request.memory, fault) };
-        let token = self.slots.borrow_mut().put(InFlight { request, lock });
+        let token = self.slots.borrow_mut().put(InFlight { request, permit });
         self.local.clone().defer(self, token, result);
     }
 
@@ -174,7 +173,7 @@ impl FileChannel {
             _ if transferred == Some(request.len) => request.complete(Ok(())),
             // Short, or to be asked again: the slow path carries on where it stopped.
             _ if transferred.is_some() || result == -libc::EAGAIN || result == -libc::EINTR => {
-                self.transfer(request, transferred.unwrap_or(0), flight.lock);
+                self.transfer(request, transferred.unwrap_or(0), flight.permit);
             }
             _ => {
                 let error = Error::io("the storage failed", std::io::Error::from_raw_os_error(-result));
@@ -209,11 +208,11 @@ impl FileChannel {
             },
             Operation::Read | Operation::Write => {
                 let Some(op) = self.direct_op(&request) else { return self.transfer(request, 0, None) };
-                if request.operation == Operation::Read || !self.backend.has_partial_blocks() {
+                if request.operation == Operation::Read {
                     return self.start(request, op, None);
                 }
-                match self.backend.locks.try_lock(self.blocks(&request)) {
-                    Some(lock) => self.start(request, op, Some(lock)),
+                match self.backend.writing.try_whole(&self.writes, || self.blocks(&request)) {
+                    Some(permit) => self.start(request, op, Some(permit)),
                     None => self.transfer(request, 0, None),
                 }
             }

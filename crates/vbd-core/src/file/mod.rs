@@ -7,6 +7,7 @@
 mod alignment;
 mod buffer;
 mod channel;
+mod exclusion;
 mod faults;
 mod space;
 mod transfer;
@@ -26,7 +27,8 @@ pub use alignment::Alignment;
 pub use channel::FileChannel;
 pub use faults::{Fault, Faults};
 
-use crate::range_lock::RangeLocks;
+use exclusion::Exclusion;
+
 use crate::{Capabilities, Channel, Error, ErrorKind, Geometry, Guard, Result, SECTOR};
 
 /// Whether the host's page cache stands between guest and storage.
@@ -77,7 +79,7 @@ pub struct Backend {
     size: AtomicU64,
     /// From here on, only the page cache can reach the bytes; a multiple of the alignment.
     tail: AtomicU64,
-    locks: Arc<RangeLocks>,
+    writing: Exclusion,
     flush_failed: AtomicBool,
     can_punch: AtomicBool,
     can_zero: AtomicBool,
@@ -154,7 +156,7 @@ impl Backend {
             cache: options.cache,
             size: AtomicU64::new(0),
             tail: AtomicU64::new(0),
-            locks: Arc::default(),
+            writing: Exclusion::default(),
             flush_failed: AtomicBool::new(false),
             can_punch: AtomicBool::new(!options.keep_space),
             can_zero: AtomicBool::new(true),
@@ -285,11 +287,10 @@ impl Backend {
         // The tail first: a request that sees the new size must not take the old tail for the direct path.
         self.tail.store(whole / self.alignment.offset * self.alignment.offset, Ordering::Release);
         self.size.store(size, Ordering::Release);
-    }
-
-    /// Whether some requests cannot be carried out without reading what lies beside them.
-    fn has_partial_blocks(&self) -> bool {
-        self.alignment.offset > SECTOR || self.tail.load(Ordering::Acquire) < self.size()
+        if self.alignment.offset > SECTOR || self.tail.load(Ordering::Acquire) < size {
+            // Sectors are what guests write: some of them have to be read before.
+            self.writing.lock_all();
+        }
     }
 
     fn file_len(&self) -> io::Result<u64> {

@@ -145,10 +145,10 @@ impl FileChannel {
     {
         let mut pending = Pending::new(request);
         self.local.clone().spawn(async move {
-            let lock = self.lock(pending.request()).await;
+            let permit = self.permit(pending.request()).await;
             pending.request().issued_at = Some(self.local.now());
             let result = work(&self, pending.request()).await;
-            drop(lock);
+            drop(permit);
             pending.complete(result.map_err(|error| error.of(&self.backend.label)));
         });
     }

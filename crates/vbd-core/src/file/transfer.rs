@@ -9,7 +9,7 @@ use vbd_ring::{FileHandle, IoVec, Op};
 
 use super::buffer::{Buffer, copy, slice};
 use super::channel::{FileChannel, MOST_PIECES, complete, faulty};
-use crate::range_lock::RangeGuard;
+use super::exclusion::Permit;
 use crate::{Error, ErrorKind, Guard, Operation, Request, Result, SECTOR};
 
 /// The most bytes that take the way through a bounce buffer at once.
@@ -59,7 +59,7 @@ impl Drop for Pending {
 
 impl FileChannel {
     /// Does what is left of a read or write after the first `done` bytes.
-    pub(super) fn transfer(self: Rc<Self>, mut request: Request, done: u64, lock: Option<RangeGuard>) {
+    pub(super) fn transfer(self: Rc<Self>, mut request: Request, done: u64, permit: Option<Permit>) {
         let transfer = Transfer {
             write: request.operation == Operation::Write,
             offset: request.offset,
@@ -70,24 +70,29 @@ impl FileChannel {
         };
         let mut pending = Pending::new(request);
         self.local.clone().spawn(async move {
-            let lock = match lock {
-                None => self.lock(pending.request()).await,
-                lock => lock,
+            let permit = match permit {
+                None => self.permit(pending.request()).await,
+                permit => permit,
             };
             pending.request().issued_at.get_or_insert(self.local.now());
             let result = self.transfer_all(&transfer, done).await;
-            drop(lock);
+            drop(permit);
             pending.request().memory = transfer.memory;
             pending.complete(result.map_err(|error| error.of(&self.backend.label)));
         });
     }
 
-    /// Excludes others from the blocks of a request that changes them, where that is needed.
-    pub(super) async fn lock(&self, request: &Request) -> Option<RangeGuard> {
-        if !request.operation.is_write() || !self.backend.has_partial_blocks() {
-            return None;
+    /// Excludes others from the blocks of a request that changes them.
+    pub(super) async fn permit(&self, request: &Request) -> Option<Permit> {
+        let (backend, blocks) = (&*self.backend, self.blocks(request));
+        // A discard leaves parts of blocks as they are.
+        let is_whole =
+            backend.alignment.fits(request.offset, request.len) || request.operation == Operation::Discard;
+        match request.operation.is_write() {
+            false => None,
+            true if is_whole => Some(backend.writing.whole(&self.writes, blocks).await),
+            true => Some(backend.writing.partial(blocks, &self.local).await),
         }
-        Some(self.backend.locks.lock(self.blocks(request)).await)
     }
 
     pub(super) async fn transfer_all(&self, transfer: &Transfer, mut done: u64) -> Result<()> {

@@ -95,6 +95,11 @@ pub(crate) fn channel_of_this_thread() -> Rc<dyn Channel> {
     CHANNEL.with_borrow(Clone::clone).expect("open")
 }
 
+/// Whether a client that ends has given its channel up: on its reactor.
+pub(crate) fn is_closed() -> bool {
+    CHANNEL.with_borrow(Option::is_none)
+}
+
 /// One queue of a disk, on a reactor of its own.
 pub(crate) struct Client {
     reactor: Option<Reactor>,
@@ -106,7 +111,15 @@ impl Client {
         engine: EngineKind,
         open: impl FnOnce(&Local) -> Rc<dyn Channel> + Send + 'static,
     ) -> Self {
-        let reactor = Reactor::spawn("test", Settings { engine, ..Settings::default() }).expect("a reactor");
+        Client::with(Settings { engine, ..Settings::default() }, open)
+    }
+
+    /// The same on a reactor with these settings.
+    pub(crate) fn with(
+        settings: Settings,
+        open: impl FnOnce(&Local) -> Rc<dyn Channel> + Send + 'static,
+    ) -> Self {
+        let reactor = Reactor::spawn("test", settings).expect("a reactor");
         let opened = move |local: &Local| CHANNEL.set(Some(open(local)));
         reactor.handle().call(opened).expect("the reactor runs");
         Client { reactor: Some(reactor) }
@@ -190,4 +203,15 @@ pub(crate) fn on_disk() -> tempfile::TempDir {
 /// A directory in memory.
 pub(crate) fn in_memory() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a directory")
+}
+
+/// Waits for something that comes soon.
+pub(crate) fn until(what: &str, done: impl Fn() -> bool) {
+    for _ in 0..2000 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("{what} never came");
 }

@@ -58,6 +58,12 @@ pub(super) fn all(config: &Config, source: &Source<'_>) -> Result<(), ConfigErro
             )
         },
     )?;
+    unique(
+        config,
+        source.file,
+        |disk| disk.ublk.and_then(super::Ublk::number),
+        |number| format!("another disk is ublk{number}: choose another number, or `ublk = true` for any"),
+    )?;
     sockets_of_both(config, source)?;
     one_writer(&config.disks, source.file, |disk| Some(disk.path.clone()))
 }

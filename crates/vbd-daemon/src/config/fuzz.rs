@@ -47,7 +47,7 @@ fn promises(text: &str, read: Result<Config, ConfigError>) {
             for disk in &config.disks {
                 assert_eq!(DiskConfig::check_name(&disk.name), Ok(()));
                 assert_eq!(DiskConfig::check_serial(&disk.serial), Ok(()));
-                assert!(disk.vhost_user.is_some() || disk.nbd.is_some());
+                assert!(disk.vhost_user.is_some() || disk.nbd.is_some() || disk.ublk.is_some());
             }
         }
         Err(error) => {

@@ -12,6 +12,7 @@ mod runtime;
 #[cfg(test)]
 mod tests;
 pub mod toml;
+mod ublk;
 mod vdev;
 pub mod xl;
 pub mod xl_disk;
@@ -27,6 +28,7 @@ pub use model::{
     TlsConfig, default_serial,
 };
 pub use runtime::{default_runtime_dir, prepare_runtime_dir};
+pub use ublk::Ublk;
 pub use vdev::{Vdev, VdevError};
 
 /// The largest configuration file, in bytes: some 50,000 disks.

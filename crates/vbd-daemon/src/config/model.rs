@@ -11,6 +11,7 @@ use vbd_image::size::Size;
 
 use super::error::{Position, Warning};
 use super::runtime::default_runtime_dir;
+use super::ublk::Ublk;
 use super::vdev::Vdev;
 
 /// All that one process serves, and the bounds it keeps.
@@ -201,6 +202,8 @@ pub struct DiskConfig {
     pub vhost_user: Option<PathBuf>,
     /// The name of the NBD export; none when there is to be no export.
     pub nbd: Option<String>,
+    /// The block device of the host itself; none when there is to be none.
+    pub ublk: Option<Ublk>,
     /// What the guest reads as the disk's serial number; at most [`DiskConfig::MAX_SERIAL`] bytes.
     pub serial: String,
     /// Whether the guest is offered discard.
@@ -234,6 +237,7 @@ impl DiskConfig {
             queues: None,
             vhost_user: None,
             nbd: None,
+            ublk: None,
             discard: true,
             create: None,
             direct_io_safe: false,

@@ -16,6 +16,7 @@ use super::error::{ConfigError, Source};
 use super::model::{
     Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, NewImage, TlsConfig,
 };
+use super::ublk::Ublk;
 use super::vdev::Vdev;
 use super::{check, vhost_user_socket};
 
@@ -69,6 +70,8 @@ struct DiskTable {
     queues: Option<Spanned<u16>>,
     vhost_user: Option<Switch>,
     nbd: Option<Spanned<Switch>>,
+    #[serde(default, deserialize_with = "Ublk::read")]
+    ublk: Option<Ublk>,
     serial: Option<Spanned<String>>,
     discard: Option<bool>,
     direct_io_safe: Option<bool>,
@@ -202,8 +205,9 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
         (Some(Switch::Named(export)), _) => Some(export),
         (Some(Switch::On) | None, _) => config.nbd.is_some().then(|| name.clone()),
     };
-    if vhost_user.is_none() && nbd.is_none() {
-        return Err(source.error(at, format!("nobody could use `{name}`: leave it `vhost-user` or `nbd`")));
+    if vhost_user.is_none() && nbd.is_none() && table.ublk.is_none() {
+        let message = format!("nobody could use `{name}`: leave it `vhost-user`, `nbd` or `ublk`");
+        return Err(source.error(at, message));
     }
     let create = new_image(table.size, table.build, table.tailor, source)?;
     let cdrom = table.cdrom.unwrap_or(false);
@@ -217,6 +221,7 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
         queues: table.queues.map(|count| queues(&count, config.limits.max_queues, source)).transpose()?,
         vhost_user,
         nbd,
+        ublk: table.ublk,
         serial,
         discard: table.discard.unwrap_or(defaults.discard),
         create,
@@ -250,6 +255,7 @@ fn new_image(
         (Some(build), Some(_)) => {
             let span = build.span();
             let mut spec = build.into_inner();
+            spec.check().map_err(|e| source.error(span.start, e.to_string()))?;
             match &mut spec.from {
                 vbd_fs::Source::Stdin => {
                     return of(span, "`from = \"-\"`: a configuration has no standard input, name a file");

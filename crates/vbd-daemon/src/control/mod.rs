@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::config::Ublk;
+
 pub use client::Client;
 pub use server::ControlSocket;
 
@@ -68,9 +70,9 @@ impl DiskInfo {
 /// A way to a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrontEndInfo {
-    /// `vhost-user` or `nbd`.
+    /// `vhost-user`, `nbd` or `ublk`.
     pub kind: String,
-    /// A socket's path, `unix:PATH` or `HOST:PORT`.
+    /// A socket's path, `unix:PATH`, `HOST:PORT`, or a block device.
     pub address: String,
     /// The NBD export's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -214,4 +216,7 @@ pub struct NewDisk {
     pub vhost_user: Option<PathBuf>,
     /// The name of an export on the process's NBD servers.
     pub nbd: Option<String>,
+    /// The block device of the host itself: `true` for any, or its number.
+    #[serde(default, deserialize_with = "Ublk::read")]
+    pub ublk: Option<Ublk>,
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vbd_core::Disk;
 
-use crate::config::{DiskConfig, Limits, NbdAddress, NbdConfig};
+use crate::config::{self, DiskConfig, Limits, NbdAddress, NbdConfig};
 use crate::control::FrontEndInfo;
 use crate::service::{Listener, is_running};
 use crate::{Fault, FaultKind};
@@ -107,6 +107,75 @@ impl VhostUser {
             format!("{path}: the storage still holds requests; they are the guest's to send again"),
         ))
     }
+}
+
+/// The block device of one disk, until it is stopped.
+pub(super) struct Ublk(Mutex<Option<vbd_ublk::Device>>);
+
+impl Ublk {
+    pub(super) fn start(
+        ublk: config::Ublk,
+        config: &DiskConfig,
+        disk: &Arc<dyn Disk>,
+        reactors: &Reactors,
+        limits: Limits,
+    ) -> Result<Self, Fault> {
+        let failed =
+            |kind, error: &dyn std::fmt::Display| Fault::new(kind, format!("{}: {error}", config.name));
+        let identity = identity(&config.path).map_err(|error| failed(FaultKind::Failed, &error))?;
+        let reactors = reactors.handles();
+        // More than there are threads to serve them would only take memory.
+        let most = u16::try_from(reactors.len()).unwrap_or(u16::MAX).min(limits.max_queues);
+        let options = vbd_ublk::Options {
+            number: ublk.number(),
+            queues: config.queues.map_or(most, |queues| queues.min(limits.max_queues)),
+            identity,
+            ..vbd_ublk::Options::default()
+        };
+        let device = vbd_ublk::Device::start(disk, &reactors, &options).map_err(|error| {
+            use vbd_ublk::Error;
+            let kind = match &error {
+                Error::InUse { .. } | Error::Foreign { .. } => FaultKind::Exists,
+                Error::Option(_) => FaultKind::Invalid,
+                Error::Disk(error) if error.kind() == vbd_core::ErrorKind::Busy => FaultKind::Busy,
+                _ => FaultKind::Failed,
+            };
+            failed(kind, &error)
+        })?;
+        Ok(Ublk(Mutex::new(Some(device))))
+    }
+
+    /// None where it was stopped.
+    pub(super) fn info(&self) -> Option<FrontEndInfo> {
+        let device = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = device.as_ref()?.status();
+        Some(FrontEndInfo {
+            kind: "ublk".to_owned(),
+            address: status.path.display().to_string(),
+            export: None,
+            clients: status.used.into(),
+            problem: status.problem,
+        })
+    }
+
+    pub(super) fn stop(&self, how: vbd_ublk::Ending, within: Duration) -> Result<(), Fault> {
+        let device = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(device) = device else { return Ok(()) };
+        device.stop(how, within).map_err(|error| Fault::new(FaultKind::Failed, error.to_string()))
+    }
+}
+
+/// A number that tells files and block devices of this machine apart until it is started anew (FNV-1a).
+fn identity(path: &Path) -> std::io::Result<u64> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let metadata = path.metadata()?;
+    let numbers = match metadata.file_type().is_block_device() {
+        true => [1, metadata.rdev(), 0],
+        false => [0, metadata.dev(), metadata.ino()],
+    };
+    let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
+    Ok(bytes
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)))
 }
 
 /// The NBD servers of the process, each of which exports every disk that has an export's name.

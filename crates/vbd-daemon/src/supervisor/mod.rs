@@ -20,6 +20,7 @@ use crate::{Fault, FaultKind};
 use front::Exports;
 use reactors::Reactors;
 use served::Served;
+use vbd_ublk::Ending;
 
 /// How many disks are stopped at the same time.
 const STOPPERS: usize = 16;
@@ -147,7 +148,7 @@ impl Supervisor {
         if self.stopping.load(Ordering::SeqCst) {
             // The stop may have come by before the disk was in the list.
             if let Some(disk) = self.write().remove(served.name()) {
-                disk.stop(&self.exports, self.stop_within)?;
+                disk.stop(&self.exports, Ending::Delete, self.stop_within)?;
             }
             return Err(stopping());
         }
@@ -191,7 +192,7 @@ impl Supervisor {
             }
             disks.remove(name)
         };
-        let result = disk.map_or(Ok(()), |disk| disk.stop(&self.exports, self.stop_within));
+        let result = disk.map_or(Ok(()), |disk| disk.stop(&self.exports, Ending::Delete, self.stop_within));
         self.changed.notify_one();
         result
     }
@@ -225,7 +226,7 @@ impl Supervisor {
             for _ in 0..threads {
                 scope.spawn(|| {
                     while let Some(disk) = next() {
-                        note(disk.stop(&self.exports, left()));
+                        note(disk.stop(&self.exports, Ending::KeepIfUsed, left()));
                     }
                 });
             }

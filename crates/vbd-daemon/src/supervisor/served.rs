@@ -11,13 +11,14 @@ use vbd_image::host;
 use vbd_image::lease::{self, Holder, Mode};
 use vbd_image::raw::{Raw, RawOptions};
 use vbd_image::{open, probe};
+use vbd_ublk::Ending;
 
 use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
 use crate::control::{DiskInfo, DiskStat, FrontEndInfo, Grow, Grown, NewDisk, OperationStat, QueueStat};
 use crate::service::is_running;
 use crate::{Fault, FaultKind};
 
-use super::front::{Clients, Exports, VhostUser};
+use super::front::{Clients, Exports, Ublk, VhostUser};
 use super::reactors::Reactors;
 
 /// How long a file that somebody uses may take to become free: the kernel holds a killed process's files until its last
@@ -37,6 +38,7 @@ pub(super) struct Served {
     config: DiskConfig,
     disk: Arc<dyn Disk>,
     vhost_user: Option<VhostUser>,
+    ublk: Option<Ublk>,
     /// Keeps the lease of a disk that NBD clients may ask for at any time. Where there is a vhost-user device alone, its
     /// guest takes the lease when it starts, so that a migration's destination can wait for its source.
     session: Mutex<Option<Arc<dyn Session>>>,
@@ -45,9 +47,11 @@ pub(super) struct Served {
 /// Makes the disk of a configuration's entry, and looks whether it can be served: a file that is there, that is a disk,
 /// and, if `patience` is given, that nobody uses then. The lease itself is taken when a guest starts.
 pub(super) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Opened, Fault> {
-    if config.vhost_user.is_none() && config.nbd.is_none() {
-        let message =
-            format!("{}: no front-end: name a vhost-user socket, an NBD export, or both", config.name);
+    if config.vhost_user.is_none() && config.nbd.is_none() && config.ublk.is_none() {
+        let message = format!(
+            "{}: no front-end: name a vhost-user socket, an NBD export or a ublk device",
+            config.name
+        );
         return Err(Fault::new(FaultKind::Invalid, message));
     }
     let failed = |error: &dyn Display| failed(&config, FaultKind::Failed, error);
@@ -160,7 +164,15 @@ impl Opened {
         if let Some(export) = &config.nbd {
             exports.add(export, &disk, !config.access.is_writable())?;
         }
-        Ok(Served { config, disk, vhost_user, session: Mutex::new(session) })
+        // Last, since a device that others may use at once is not to go again because something else failed.
+        let start = |ublk| Ublk::start(ublk, &config, &disk, reactors, limits);
+        let ublk = config.ublk.map(start).transpose().inspect_err(|_| {
+            if let Some(export) = &config.nbd {
+                // It was added a moment ago.
+                let _ = exports.remove(export, Duration::ZERO);
+            }
+        })?;
+        Ok(Served { config, disk, vhost_user, ublk, session: Mutex::new(session) })
     }
 }
 
@@ -171,7 +183,8 @@ impl Served {
 
     fn front_ends(&self, clients: &Clients) -> Vec<FrontEndInfo> {
         let vhost_user = self.vhost_user.iter().filter_map(VhostUser::info);
-        vhost_user.chain(self.config.nbd.iter().flat_map(|export| clients.of(export))).collect()
+        let nbd = self.config.nbd.iter().flat_map(|export| clients.of(export));
+        vhost_user.chain(nbd).chain(self.ublk.iter().filter_map(Ublk::info)).collect()
     }
 
     pub(super) fn info(&self, clients: &Clients) -> DiskInfo {
@@ -220,13 +233,15 @@ impl Served {
     }
 
     /// Ends the front-ends and gives the disk back.
-    pub(super) fn stop(&self, exports: &Exports, within: Duration) -> Result<(), Fault> {
+    pub(super) fn stop(&self, exports: &Exports, how: Ending, within: Duration) -> Result<(), Fault> {
         let deadline = Instant::now() + within;
         let vhost_user = self.vhost_user.as_ref().map_or(Ok(()), |server| server.stop(within));
         let left = deadline.saturating_duration_since(Instant::now());
         let nbd = self.config.nbd.as_ref().map_or(Ok(()), |export| exports.remove(export, left));
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ublk = self.ublk.as_ref().map_or(Ok(()), |ublk| ublk.stop(how, left));
         drop(self.session.lock().unwrap_or_else(PoisonError::into_inner).take());
-        vhost_user.and(nbd)
+        vhost_user.and(nbd).and(ublk)
     }
 }
 
@@ -274,6 +289,6 @@ pub(super) fn config_of(disk: NewDisk) -> Result<DiskConfig, Fault> {
     config.queues = disk.queues;
     config.serial = disk.serial.unwrap_or(config.serial);
     config.discard = disk.discard.unwrap_or(config.discard);
-    (config.vhost_user, config.nbd) = (disk.vhost_user, disk.nbd);
+    (config.vhost_user, config.nbd, config.ublk) = (disk.vhost_user, disk.nbd, disk.ublk);
     Ok(config)
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use vbd_daemon::config::{
-    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig,
+    Access, CacheMode, Config, DiskConfig, Format, Limits, NbdAddress, NbdConfig, TlsConfig, Ublk,
 };
 
 use super::serving;
@@ -23,10 +23,15 @@ pub(crate) struct Args {
     /// Serve it as an NBD export at unix:SOCK or HOST:PORT; may be given several times
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<NbdAddress>,
+    /// Make it a block device of this host, /dev/ublkbN: of this number, or any (Linux 6.0). The device that a killed
+    /// vbd has left waiting is taken up again
+    #[arg(long, value_name = "N", num_args = 0..=1, value_parser = clap::value_parser!(u32).range(..=i64::from(Ublk::MAX)))]
+    #[expect(clippy::option_option, reason = "not said, said, said with a number")]
+    ublk: Option<Option<u32>>,
     /// Guests can only read
     #[arg(long)]
     read_only: bool,
-    /// Queues offered to a vhost-user guest
+    /// Queues offered to a vhost-user guest, or of the block device
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(Limits::MAX_QUEUES)))]
     queues: Option<u16>,
     /// Use of the host's page cache: none (O_DIRECT), writeback, writethrough
@@ -63,9 +68,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let listeners = vbd_daemon::passed_listeners().map_err(UsageError)?;
     let exported = !args.nbd.is_empty() || !listeners.is_empty();
-    if args.vhost_user.is_none() && !exported {
+    if args.vhost_user.is_none() && !exported && args.ublk.is_none() {
         let message =
-            "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK or --nbd HOST:PORT";
+            "nothing to serve the disk on: say --vhost-user SOCK, --nbd unix:SOCK, --nbd HOST:PORT or --ublk";
         return Err(UsageError(message.to_owned()).into());
     }
     if args.tls_cert.is_some() && !exported {
@@ -91,6 +96,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     disk.serial = args.serial.unwrap_or(disk.serial);
     disk.vhost_user = args.vhost_user;
     disk.nbd = exported.then_some(name);
+    disk.ublk = args.ublk.map(|number| number.map_or(Ublk::Any, Ublk::Number));
 
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| TlsConfig {
         certificate,

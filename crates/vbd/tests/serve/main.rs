@@ -3,4 +3,5 @@
 mod attach;
 mod control;
 mod harness;
+mod paste;
 mod up;

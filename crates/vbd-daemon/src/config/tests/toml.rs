@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vbd_fs::{Filesystem, Source, Tailor};
 
 use super::told;
-use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, toml};
+use crate::config::{Access, CacheMode, Config, NbdAddress, NbdConfig, Ublk, toml};
 
 fn read(text: &str) -> Config {
     toml::parse(text, Path::new("/etc/vbd/vm1.toml")).unwrap_or_else(|e| panic!("{e}"))
@@ -66,6 +66,7 @@ vhost-user = false
 [[disk]]
 path = "/srv/log"
 nbd = false
+ublk = 7
 "#,
     );
     assert_eq!(config.runtime_dir, Path::new("/etc/vbd/run"));
@@ -95,7 +96,7 @@ nbd = false
         (cd.access, cd.vhost_user.as_deref(), cd.nbd.as_deref()),
         (Access::ReadOnly, None, Some("cd.iso"))
     );
-    assert_eq!(log.nbd, None);
+    assert_eq!((log.nbd.as_deref(), log.ublk, root.ublk), (None, Some(Ublk::Number(7)), None));
 }
 
 #[test]
@@ -202,7 +203,7 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         ),
         (
             "[[disk]]\npath = '/a'\nvhost-user = false",
-            "1:1 nobody could use `a`: leave it `vhost-user` or `nbd`",
+            "1:1 nobody could use `a`: leave it `vhost-user`, `nbd` or `ublk`",
         ),
         ("reactors = 0", "1:12 invalid value: integer `0`, expected a nonzero usize"),
         ("nbd = {}", "1:7 missing key `listen`"),
@@ -271,6 +272,48 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
     let long = format!("runtime-dir = '/{}'\n[[disk]]\npath = '/a'", "x".repeat(120));
     let told = refused(&long);
     assert!(told.starts_with("2:1 the socket path /xxx") && told.contains("has 128 bytes"), "{told}");
+}
+
+/// What a build would refuse, the configuration refuses first, and tells where it is written.
+#[test]
+fn values_of_a_build_are_checked_where_they_are_written() {
+    let disk = "[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nfrom = 'debian:bookworm'\n";
+    for (line, error) in [
+        ("label = 'a-label-of-18-byte'", "6:9 label \"a-label-of-18-byte\": at most 16 bytes"),
+        ("label = 'ääääääääü'", "6:9 label \"ääääääääü\": at most 16 bytes"),
+        ("label = \"a\\u0000\"", "6:9 label \"a\\0\": at most 16 bytes"),
+        ("uuid = '9c9d'", "6:8 \"9c9d\" is no UUID (8-4-4-4-12 hexadecimal digits)"),
+        ("uuid = '01234567-89ab-cdef-0123-456789abcdeg'", "6:8 "),
+        ("live = true\nuuid = ''", "7:8 \"\" is no UUID"),
+        ("reserved-percent = 51", "6:20 at most 50 percent of the blocks can be reserved"),
+        ("inodes = 15", "6:10 the number of inodes is from 16 to 4294967295"),
+        ("inodes = 4294967296", "6:10 the number of inodes is from 16 to 4294967295"),
+        ("mirror = ''", "6:10 the mirror is empty, or starts with a dash"),
+        ("mirror = '--x'", "6:10 the mirror is empty, or starts with a dash"),
+        ("packages = ['a', 'b c']", "6:12 \"b c\": name components and packages one by one"),
+        ("components = ['main,contrib']", "6:14 \"main,contrib\": name components and packages one by one"),
+        ("variant = 'x'", "6:11 "),
+        ("filesystem = 'ext5'", "6:14 "),
+    ] {
+        let told = refused(&format!("{disk}{line}\n"));
+        assert!(told.starts_with(error), "{line}\n  is:        {told}\n  should be: {error}");
+    }
+    let inline = "[[disk]]\npath = '/a'\nsize = '1G'\nbuild = { from = '/', label = 'a-label-of-18-byte' }";
+    assert_eq!(refused(inline), "4:31 label \"a-label-of-18-byte\": at most 16 bytes");
+    for key in ["mirror = 'http://x'", "variant = 'apt'", "packages = ['a']", "components = ['main']"] {
+        let text = format!("[[disk]]\npath = '/a'\nsize = '1G'\n[disk.build]\nfrom = '/srv'\n{key}");
+        let error = "4:1 mirror, components, packages and variant are for debian:SUITE and ubuntu:SUITE, not for /srv";
+        assert_eq!(refused(&text), error);
+    }
+    let good = "label = 'sixteen bytes ok'\nuuid = '01234567-89AB-cdef-0123-456789abcdef'\nreserved-percent = 50\n\
+                inodes = 16\nmirror = 'http://deb.example'\ncomponents = ['main', 'contrib']\npackages = ['vim']\n";
+    let config = read(&format!("{disk}{good}"));
+    let spec = config.disks[0].create.as_ref().and_then(|image| image.build.as_ref()).expect("a build");
+    assert_eq!((spec.label.as_deref(), spec.inodes), (Some("sixteen bytes ok"), Some(16)));
+    assert_eq!(
+        (&spec.components[..], &spec.packages[..]),
+        (&["main", "contrib"].map(String::from)[..], &["vim".to_owned()][..])
+    );
 }
 
 proptest! {

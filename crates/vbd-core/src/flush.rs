@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use vbd_core::{Channel, Operation, Request, Result, Session, Sink};
 use vbd_ring::{Completion, Handle};
+
+use crate::{Channel, Operation, Request, Result, Session, Sink};
 
 struct Answer {
     sender: SyncSender<std::result::Result<(), String>>,
@@ -35,7 +36,7 @@ impl Completion for Late {
 ///
 /// # Errors
 /// What the flush has met, or that it takes too long.
-pub(crate) fn flush(
+pub fn flush(
     reactor: &Handle,
     session: &Arc<dyn Session>,
     within: Duration,
