@@ -3,8 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use vbd_ring::Handle;
@@ -12,6 +11,7 @@ use vbd_ring::Handle;
 use crate::connect::{Connection, Failure, Plan, Succession, random};
 use crate::device::{Action, Phase, View, decide};
 use crate::keys::{self, Offer, Written};
+use crate::mail::{Leaving, Mail, Message};
 use crate::memory::Pages;
 use crate::options::{BackendKind, DeviceId, Options, Provided, Provider};
 use crate::placement::Policy;
@@ -19,49 +19,6 @@ use crate::server::{Shelf, Shown};
 use crate::status::{DeviceStatus, State};
 use crate::sys::{Platform, Store};
 use crate::tell;
-
-/// What others have for the control thread.
-pub(crate) enum Message {
-    Provided(DeviceId, Result<Option<Provided>, String>),
-    Connected(DeviceId, Result<Box<Connection>, Failure>),
-    Ended(DeviceId),
-    Broken(DeviceId, u64, String),
-    Resized(DeviceId),
-    Leave(Leaving),
-}
-
-/// How a server ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Leaving {
-    /// Devices are closed.
-    Close,
-    /// They are left connected, for a successor.
-    Keep,
-}
-
-/// A queue of messages with an eventfd.
-pub(crate) struct Mail {
-    messages: Mutex<Vec<Message>>,
-    wake: OwnedFd,
-}
-
-impl Mail {
-    pub(crate) fn new() -> io::Result<Mail> {
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        Ok(Mail { messages: Mutex::default(), wake: rustix::event::eventfd(0, flags)? })
-    }
-
-    pub(crate) fn send(&self, message: Message) {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner).push(message);
-        // An eventfd refuses only at 2^64 - 1.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
-
-    fn take(&self) -> Vec<Message> {
-        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
-        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
 
 /// The longest ring has 2 to this many pages.
 pub(crate) const MOST_ORDER: u8 = 4;
@@ -236,7 +193,7 @@ impl Control {
         let next = times.chain(self.retry_store).chain(leaving).min();
         let timeout = next.map(|at| at.saturating_duration_since(Instant::now()));
         let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
-        let mut fds = vec![rustix::event::PollFd::new(&self.mail.wake, rustix::event::PollFlags::IN)];
+        let mut fds = vec![rustix::event::PollFd::new(&*self.mail, rustix::event::PollFlags::IN)];
         if let Some(store) = &self.store {
             fds.push(rustix::event::PollFd::from_borrowed_fd(
                 store.descriptor(),
@@ -797,11 +754,5 @@ impl Control {
         let pages = connection.map_or_else(Arc::<Pages>::default, |connection| connection.pages.clone());
         let numbers = connection.map_or_else(Vec::new, |connection| connection.numbers.clone());
         shelf.insert(id, Shown { status, pages, numbers });
-    }
-}
-
-impl AsFd for Mail {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.wake.as_fd()
     }
 }

@@ -17,6 +17,7 @@ mod fuzz;
 mod indices;
 mod intake;
 mod keys;
+mod mail;
 mod memory;
 mod options;
 mod placement;

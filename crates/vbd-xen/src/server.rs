@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 
 use vbd_ring::Handle;
 
-use crate::control::{Control, Leaving, Mail, Message};
+use crate::control::Control;
+use crate::mail::{Leaving, Mail, Message};
 use crate::memory::Pages;
 use crate::options::{BackendKind, DeviceId, Options, Provider};
 use crate::queue::Numbers;
