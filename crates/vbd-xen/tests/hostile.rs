@@ -184,8 +184,7 @@ fn nonsense_in_xenstore() {
 fn a_front_end_of_somebody_elses() {
     let bench = Bench::new();
     let theirs = common::frontend::front(DeviceId { domid: 4, ..ID });
-    create(&bench.hypervisor, ID, &[]);
-    bench.hypervisor.store.remove(&back(ID));
+    // A device that this domain's toolstack would not have made so; the key that makes it whole comes last.
     bench.hypervisor.store.set(&format!("{}/params", back(ID)), "/x");
     bench.hypervisor.store.set(&format!("{}/frontend-id", back(ID)), DOMID.to_string());
     bench.hypervisor.store.set(&format!("{}/mode", back(ID)), "w");
