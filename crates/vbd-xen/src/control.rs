@@ -158,14 +158,20 @@ impl Control {
             for message in self.mail.take() {
                 self.handle(message);
             }
-            let events = self.events();
-            for id in events.into_iter().chain(self.due()) {
-                self.look(id);
+            let due = self.due();
+            let mut ids = self.events();
+            ids.extend(due);
+            for id in &ids {
+                self.look(*id);
             }
             if self.may_end() {
                 return;
             }
-            self.sleep();
+            // To look is to ask xenstore, and with its answers come events, which the descriptor then tells of no more:
+            // only when there was nothing to look at are there none.
+            if ids.is_empty() {
+                self.sleep();
+            }
         }
     }
 
