@@ -17,6 +17,24 @@ fn check(front: &mut Frontend, seed: u32) {
     assert!(front.read(0, 8, 8192) == data);
 }
 
+/// What comes while the server asks xenstore for something else shows on no descriptor any more.
+#[test]
+fn a_device_that_comes_while_another_is_looked_at_is_taken() {
+    let bench = Bench::new();
+    *bench.giver.answer.lock().unwrap() = Answer::NotOurs;
+    create(&bench.hypervisor, ID, &[]);
+    eventually("the first is asked for", || bench.giver.asked.lock().unwrap().len() == 1);
+    // Until its answer has been dealt with.
+    std::thread::sleep(Duration::from_millis(100));
+    let (hypervisor, other) = (bench.hypervisor.clone(), DeviceId { devid: DEVID + 16, ..ID });
+    bench
+        .hypervisor
+        .store
+        .when_read(&format!("{}/frontend", back(ID)), move |_| create(&hypervisor, other, &[]));
+    bench.hypervisor.store.set(&format!("{}/touched", back(ID)), "1");
+    eventually("the second is asked for", || bench.giver.asked.lock().unwrap().len() == 2);
+}
+
 #[test]
 fn a_life_from_creation_to_removal() {
     let bench = Bench::new();

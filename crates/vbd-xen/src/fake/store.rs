@@ -10,9 +10,13 @@ use crate::sys::{Store, Stores, WatchEvent};
 
 use super::{eventfd, lock};
 
+/// What happens in the midst of a request.
+type Hook = Box<dyn FnOnce(&Tree) + Send>;
+
 /// The keys, and who watches them.
 #[derive(Default)]
 pub struct Tree {
+    hook: Mutex<Option<(String, Hook)>>,
     inside: Mutex<Inside>,
 }
 
@@ -105,6 +109,11 @@ impl Tree {
         }
     }
 
+    /// Runs `hook` when this key is read next, before the answer.
+    pub fn when_read(&self, path: &str, hook: impl FnOnce(&Tree) + Send + 'static) {
+        *lock(&self.hook) = Some((path.to_owned(), Box::new(hook)));
+    }
+
     fn do_with<T>(&self, work: impl FnOnce(&mut Inside) -> T) -> io::Result<T> {
         let mut inside = lock(&self.inside);
         if inside.down { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(work(&mut inside)) }
@@ -128,6 +137,14 @@ struct Connection {
 }
 
 impl Connection {
+    /// A request. Its answer brings the events with it that have come by then, as a real connection's does: the
+    /// descriptor tells of them no more.
+    fn ask<T>(&self, work: impl FnOnce(&mut Inside) -> T) -> io::Result<T> {
+        let result = self.tree.do_with(work);
+        let _ = rustix::io::read(&self.shared.wake, &mut [0u8; 8]);
+        result
+    }
+
     fn put(inside: &mut Inside, entries: &[(String, String)]) {
         for (path, value) in entries {
             inside.keys.insert(path.clone(), value.as_bytes().to_vec());
@@ -138,11 +155,15 @@ impl Connection {
 
 impl Store for Connection {
     fn read(&mut self, path: &str) -> io::Result<Option<Vec<u8>>> {
-        self.tree.do_with(|inside| inside.keys.get(path).cloned())
+        let hook = lock(&self.tree.hook).take_if(|(wanted, _)| wanted == path);
+        if let Some((_, hook)) = hook {
+            hook(&self.tree);
+        }
+        self.ask(|inside| inside.keys.get(path).cloned())
     }
 
     fn list(&mut self, path: &str) -> io::Result<Option<Vec<String>>> {
-        let names = self.tree.do_with(|inside| {
+        let names = self.ask(|inside| {
             let below = inside.keys.keys().filter_map(|key| key.strip_prefix(path)?.strip_prefix('/'));
             let mut names: Vec<_> =
                 below.filter_map(|rest| rest.split('/').next()).map(str::to_owned).collect();
@@ -153,11 +174,11 @@ impl Store for Connection {
     }
 
     fn write(&mut self, entries: &[(String, String)]) -> io::Result<()> {
-        self.tree.do_with(|inside| Self::put(inside, entries))
+        self.ask(|inside| Self::put(inside, entries))
     }
 
     fn write_if(&mut self, guard: &str, entries: &[(String, String)]) -> io::Result<bool> {
-        self.tree.do_with(|inside| {
+        self.ask(|inside| {
             let there = inside.keys.contains_key(guard);
             if there {
                 Self::put(inside, entries);
@@ -167,7 +188,7 @@ impl Store for Connection {
     }
 
     fn remove(&mut self, path: &str) -> io::Result<()> {
-        self.tree.do_with(|_| ())?;
+        self.ask(|_| ())?;
         self.tree.remove(path);
         Ok(())
     }
