@@ -44,7 +44,7 @@ fn a_guest_under_load_is_saved_and_restored() -> Result<()> {
 }
 
 #[test]
-#[ignore = "fails in about every other run: the newer domain's disk is not taken in time, or its guest does not go on; \
+#[ignore = "was seen to fail: the guest did not go on after its disk had moved; \
             `cargo nextest run -p vbd-tests --test xen --run-ignored only` runs it"]
 fn a_guest_under_load_moves_to_another_domain() -> Result<()> {
     case("moved")
