@@ -115,6 +115,7 @@ impl Disk for Raw {
             Lease::acquire(backend.descriptor().as_fd(), &options.path, mode, wanted).map_err(lease_error)?;
         // The file may have grown while its lease was waited for.
         backend.refresh()?;
+        backend.drop_cached();
         if options.cache == Cache::None && !backend.is_direct() && !backend.is_in_memory() {
             tracing::warn!(
                 "{}: the filesystem has no O_DIRECT; going through the page cache",

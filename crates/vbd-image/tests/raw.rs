@@ -107,3 +107,27 @@ fn cache_modes_say_what_they_promise() {
 fn in_memory(options: &RawOptions) -> bool {
     rustix::fs::statfs(&options.path).is_ok_and(|stat| stat.f_type == 0x0102_1994)
 }
+
+/// Whether a buffered read of the file's first page need not wait: the page cache has it.
+fn is_cached(file: &std::fs::File) -> bool {
+    let mut page = [0u8; 4096];
+    let slices = &mut [std::io::IoSliceMut::new(&mut page)];
+    rustix::io::preadv2(file, slices, 0, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+}
+
+#[test]
+fn the_page_cache_holds_nothing_of_a_disk_that_is_served_past_it() {
+    let (_dir, options) = disk(1 << 20);
+    let file = std::fs::File::options().read(true).write(true).open(&options.path).expect("open");
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 1 << 20], 0).expect("written");
+    file.sync_all().expect("durable");
+    assert!(is_cached(&file), "what was just written is cached");
+    let raw = Raw::new(RawOptions { cache: Cache::Writeback, ..options.clone() });
+    let session = raw.open().expect("opened");
+    assert!(is_cached(&file), "where data goes through the page cache it is kept");
+    drop(session);
+    let raw = Raw::new(options.clone());
+    let _session = raw.open().expect("opened");
+    let passed_by = raw.is_direct() == Some(true) && !in_memory(&options);
+    assert_eq!(is_cached(&file), !passed_by);
+}
