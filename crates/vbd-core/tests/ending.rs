@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use support::{Answer, Ask, Client, file, on_disk, until};
-use vbd_core::file::{Cache, Fault, Options};
+use vbd_core::file::{Backend, Cache, Fault, Options};
 use vbd_core::{ErrorKind, Operation};
 use vbd_ring::{Completion, EngineKind, Op, Reactor, Settings};
 
@@ -86,6 +86,7 @@ fn slow() -> Vec<Case> {
 struct Held {
     _dir: tempfile::TempDir,
     path: PathBuf,
+    backend: Arc<Backend>,
     client: Client,
     answer: Receiver<Answer>,
     release: Sender<()>,
@@ -112,12 +113,13 @@ impl Held {
         let owner = Arc::new(());
         let weak = Arc::downgrade(&owner);
         let settings = Settings { engine: EngineKind::Threads, stop_within, ..Settings::default() };
-        let client = Client::with(settings, move |local| backend.channel(local, owner));
+        let shared = backend.clone();
+        let client = Client::with(settings, move |local| shared.channel(local, owner));
         let answer = client.submit(case.ask.clone());
         until(case.name, || seen.load(Ordering::SeqCst) == case.operations);
         // Answered between two turns: what the turn that was seen has begun, it has handed on.
         client.handle().call(|_| ()).expect("runs");
-        let held = Held { _dir: dir, path, client, answer, release, owner: weak, _pool: pool };
+        let held = Held { _dir: dir, path, backend, client, answer, release, owner: weak, _pool: pool };
         assert!(!held.landed(case), "{}: nothing holds it back", case.name);
         held
     }
@@ -180,4 +182,44 @@ fn a_reactor_that_gives_up_on_io_never_gives_the_lease_back() {
         until(case.name, || landed(&held.path, &case));
         assert!(held.owner.upgrade().is_some(), "{}", case.name);
     }
+}
+
+/// The first write of a part waits for whole ones that went without a lock; a stop does not wait with it.
+#[test]
+fn a_stop_ends_the_wait_of_the_first_part_for_whole_writes() {
+    let whole = || Case::new("an aligned write", Ask::write(4096, vec![NEW; 4096]), (4096, NEW));
+    let part = || Ask::write(4100, vec![1; 10]);
+    let given_up = |answer: Receiver<Answer>, whose: &str| {
+        let answer = answer.recv_timeout(Duration::from_secs(10));
+        let error = answer.expect("an answer").result.expect_err("the disk stops");
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{whose}");
+    };
+
+    let case = whole();
+    let held = Held::new(&case, Duration::from_secs(60));
+    if !held.backend.is_direct() {
+        return; // Nothing is a part there, and nothing waits.
+    }
+    // On a queue of its own, which ends at once, however long the other's write takes.
+    let other = Client::on_file(EngineKind::Auto, &held.backend);
+    let waits = other.submit(part());
+    assert!(waits.recv_timeout(Duration::from_millis(50)).is_err(), "it does not wait");
+    drop(other);
+    given_up(waits, "another queue");
+    assert!(!held.landed(&case), "nothing was held back");
+
+    // On the queue of the whole write, which ends when that has landed.
+    let waits = held.client.submit(part());
+    assert!(waits.recv_timeout(Duration::from_millis(50)).is_err(), "it does not wait");
+    let ending = std::thread::spawn(move || drop(held.client));
+    given_up(waits, "the same queue");
+    assert!(held.answer.recv_timeout(Duration::from_millis(50)).is_err(), "the whole write has not landed");
+    drop(held.release);
+    ending.join().expect("ended");
+    held.answer.recv().expect("an answer").result.expect("written");
+
+    // Nothing is left of those that gave up.
+    let after = Client::on_file(EngineKind::Auto, &held.backend);
+    after.write(4100, vec![2; 10]);
+    assert_eq!(after.read(4096, 16), [vec![NEW; 4], vec![2; 10], vec![NEW; 2]].concat());
 }

@@ -525,6 +525,52 @@ fn a_part_whose_sector_cannot_be_read_is_not_written() {
     assert!(!backend.is_direct() || file.iter().all(|byte| *byte == 0));
 }
 
+/// Zeroes that fail while they have their blocks locked let those in who wait for them, on every queue.
+#[test]
+fn zeroes_that_fail_give_their_blocks_back() {
+    let (entered, inside) = std::sync::mpsc::channel();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (entered, wait) = (std::sync::Mutex::new(entered), std::sync::Mutex::new(wait));
+    let faults = move |op: &Op| {
+        matches!(op, Op::Fallocate { .. }).then(|| {
+            entered.lock().expect("whole").send(()).expect("awaited");
+            wait.lock().expect("whole").recv().expect("told");
+            Fault::Fail(libc::EIO)
+        })
+    };
+    let dir = on_disk();
+    let options = Options { faults: Some(Arc::new(faults)), ..Options::default() };
+    let backend = file(dir.path(), SIZE, options);
+    if !backend.is_direct() {
+        return;
+    }
+    let [one, two] = [0, 1].map(|_| Client::on_file(EngineKind::Auto, &backend));
+    // Since then every write takes a lock.
+    one.write(100, vec![1; 5]);
+    let may_unmap = Flags { may_unmap: true, ..Flags::default() };
+    // By whole blocks and by parts, which take their locks in other ways.
+    for (flags, offset) in [(Flags::default(), 0), (may_unmap, 0), (Flags::default(), 100)] {
+        let zeroes = one.submit(Ask { flags, ..Ask::new(Operation::WriteZeroes, offset, 65536) });
+        inside.recv_timeout(std::time::Duration::from_secs(60)).expect("under way");
+        let (whole, part) =
+            (two.submit(Ask::write(8192, vec![3; 4096])), two.submit(Ask::write(8200, vec![4; 10])));
+        let early = whole.recv_timeout(std::time::Duration::from_millis(50));
+        go.send(()).expect("waited for");
+        assert!(early.is_err(), "the zeroes at {offset} have no lock");
+        let zeroes = zeroes.recv_timeout(std::time::Duration::from_secs(60)).expect("an answer");
+        assert_eq!(zeroes.result.expect_err("failed").kind(), ErrorKind::Io);
+        for (waited, what) in [(whole, "whole blocks"), (part, "a part")] {
+            let answer = waited.recv_timeout(std::time::Duration::from_secs(60));
+            answer
+                .unwrap_or_else(|_| panic!("{what} after zeroes at {offset}: no answer"))
+                .result
+                .expect("written");
+        }
+        one.write(8192, vec![5; 4096]);
+        assert_eq!(two.read(8192, 32), vec![5; 32]);
+    }
+}
+
 #[test]
 fn zeroes_are_written_where_the_filesystem_cannot_make_them() {
     let dir = on_disk();
