@@ -10,6 +10,7 @@ use vbd_ring::Handle;
 
 use crate::connect::{Connection, Failure, Plan, Succession, random};
 use crate::device::{Action, Phase, View, decide};
+use crate::jobs::{Jobs, Purpose};
 use crate::keys::{self, Offer, Written};
 use crate::mail::{Leaving, Mail, Message};
 use crate::memory::Pages;
@@ -88,6 +89,7 @@ pub(crate) struct Control {
     options: Options,
     provider: Arc<dyn Provider>,
     mail: Arc<Mail>,
+    jobs: Jobs,
     shelf: Shelf,
     store: Option<Box<dyn Store>>,
     /// `/local/domain/N/backend`
@@ -119,6 +121,7 @@ impl Control {
         options.queues = options.queues.max(1);
         options.ring_page_order = options.ring_page_order.min(MOST_ORDER);
         options.indirect_segments = options.indirect_segments.min(crate::abi::MOST_INDIRECT);
+        let jobs = Jobs::new(platform.threads.clone(), mail.clone());
         Control {
             platform,
             kinds: kinds.to_vec(),
@@ -126,6 +129,7 @@ impl Control {
             options,
             provider,
             mail,
+            jobs,
             shelf,
             store: None,
             root: String::new(),
@@ -184,19 +188,20 @@ impl Control {
             tracing::debug!("xenstore does not answer yet: {error}");
             self.retry_store = Some(now + RETRY);
         }
-        let devices = self.devices.iter_mut();
-        let due = devices.filter(|(_, device)| device.connect_after.is_some_and(|at| at <= now));
-        due.map(|(id, device)| {
-            device.connect_after = None;
-            *id
-        })
-        .collect()
+        let mut ids = self.jobs.retry(now);
+        for (id, device) in &mut self.devices {
+            if device.connect_after.is_some_and(|at| at <= now) {
+                device.connect_after = None;
+                ids.push(*id);
+            }
+        }
+        ids
     }
 
     fn sleep(&mut self) {
         let times = self.devices.values().filter_map(|device| device.connect_after);
         let leaving = self.leaving.map(|(_, until)| until.max(Instant::now() + Duration::from_millis(20)));
-        let next = times.chain(self.retry_store).chain(leaving).min();
+        let next = times.chain(self.retry_store).chain(self.jobs.next()).chain(leaving).min();
         let timeout = next.map(|at| at.saturating_duration_since(Instant::now()));
         let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
         let mut fds = vec![rustix::event::PollFd::new(&*self.mail, rustix::event::PollFlags::IN)];
@@ -357,16 +362,6 @@ impl Control {
         Ok(())
     }
 
-    fn job(&self, name: &str, work: impl FnOnce() -> Message + Send + 'static) {
-        let mail = self.mail.clone();
-        let name = format!("vbd-xen-{name}");
-        let job = move || mail.send(work());
-        if let Err(error) = std::thread::Builder::new().name(name).spawn(job) {
-            // The device stays as it is; nothing else can be done for it.
-            tracing::error!("no thread for a Xen device: {error}");
-        }
-    }
-
     /// Asks the provider for the disk of a new device.
     fn provide(&mut self, id: DeviceId, written: Written) {
         let request = written.request.clone();
@@ -374,7 +369,7 @@ impl Control {
             (device.phase, device.written) = (Phase::Providing, Some(written));
         }
         let provider = self.provider.clone();
-        self.job("open", move || Message::Provided(id, provider.open(&request)));
+        self.jobs.start(id, Purpose::Open, move || Message::Provided(id, provider.open(&request)));
     }
 
     fn provided(&mut self, id: DeviceId, result: Result<Option<Provided>, String>) -> io::Result<()> {
@@ -504,7 +499,7 @@ impl Control {
         };
         (device.phase, device.offer) = (Phase::Connecting, Some(offer));
         self.next_reactor = self.next_reactor.wrapping_add(plan.offer.queues.len()) % self.reactors.len();
-        self.job("connect", move || Message::Connected(id, plan.connect().map(Box::new)));
+        self.jobs.start(id, Purpose::Connect, move || Message::Connected(id, plan.connect().map(Box::new)));
         Ok(())
     }
 
@@ -579,7 +574,7 @@ impl Control {
         device.phase = Phase::Ending;
         let connection = device.connection.take();
         let drain = self.options.drain;
-        self.job("end", move || {
+        self.jobs.start(id, Purpose::End, move || {
             if let Some(connection) = connection {
                 connection.end(keep, drain);
             }
@@ -629,6 +624,9 @@ impl Control {
         }
         let known = device.provided.is_some();
         drop(device.provided);
+        if known {
+            tracing::info!("{id}: closed");
+        }
         if known && !device.told_closed {
             self.provider.closed(&id);
         }
@@ -710,6 +708,9 @@ impl Control {
                 self.end(id, leaving == Leaving::Keep);
             }
         }
+        if late {
+            self.jobs.end_here();
+        }
         let mut left = self.devices.values().filter(|device| match device.phase {
             Phase::Connected | Phase::Ending => true,
             Phase::Connecting => !late,
@@ -746,7 +747,7 @@ impl Control {
             state: device.own,
             frontend: device.frontend,
             connected: connection.is_some() && device.frontend == State::Connected,
-            problem: device.problem.clone(),
+            problem: device.problem.clone().or_else(|| self.jobs.problem(&id).map(str::to_owned)),
             features: connection.map(Connection::features).unwrap_or_default(),
             abi: offer.map_or("", |offer| offer.abi.name()),
             queues: offer.map_or(0, |offer| u16::try_from(offer.queues.len()).unwrap_or(u16::MAX)),

@@ -16,6 +16,7 @@ pub mod fake;
 mod fuzz;
 mod indices;
 mod intake;
+mod jobs;
 mod keys;
 mod mail;
 mod memory;

@@ -14,6 +14,8 @@ pub(crate) struct Memory {
     mapped: Mutex<Vec<Mapping>>,
     pub(crate) arena: Arena,
     counters: Arc<Pages>,
+    /// Pages that could not be unmapped: they go with `grants`.
+    stuck: AtomicU64,
 }
 
 /// Pages of the domain that are mapped, read from other threads.
@@ -25,7 +27,7 @@ pub(crate) struct Pages {
 
 impl Memory {
     pub(crate) fn new(grants: Box<dyn GrantTable>, arena: Arena, counters: Arc<Pages>) -> Arc<Memory> {
-        Arc::new(Memory { grants, mapped: Mutex::default(), arena, counters })
+        Arc::new(Memory { grants, mapped: Mutex::default(), arena, counters, stuck: AtomicU64::new(0) })
     }
 
     /// Maps pages until [`unmap`](Self::unmap), or the end.
@@ -45,19 +47,35 @@ impl Memory {
         let Some(place) = mapped.iter().position(|other| *other == mapping) else { return };
         mapped.swap_remove(place);
         drop(mapped);
-        self.counters.mapped.fetch_sub(mapping.pages as u64, Ordering::Relaxed);
         // SAFETY: it is from this table and was not yet taken back; the caller vouches for the rest.
-        unsafe { self.grants.unmap(mapping) };
+        unsafe { self.give_back(mapping) };
+    }
+
+    /// # Safety
+    /// It is from this table, was not yet taken back, and nobody uses it any more.
+    unsafe fn give_back(&self, mapping: Mapping) {
+        let pages = mapping.pages as u64;
+        // SAFETY: the caller vouches for it.
+        match unsafe { self.grants.unmap(mapping) } {
+            Ok(()) => drop(self.counters.mapped.fetch_sub(pages, Ordering::Relaxed)),
+            Err(error) => {
+                self.stuck.fetch_add(pages, Ordering::Relaxed);
+                tracing::error!(
+                    "{pages} pages of a domain cannot be unmapped; they stay so until its device closes: {error}"
+                );
+            }
+        }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         for mapping in std::mem::take(self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner)) {
-            self.counters.mapped.fetch_sub(mapping.pages as u64, Ordering::Relaxed);
             // SAFETY: requests hold this value; there are none left.
-            unsafe { self.grants.unmap(mapping) };
+            unsafe { self.give_back(mapping) };
         }
+        // Now they go.
+        self.counters.mapped.fetch_sub(*self.stuck.get_mut(), Ordering::Relaxed);
     }
 }
 

@@ -23,6 +23,8 @@ fn indices_that_make_no_sense_break_one_device() {
         ring.word(0).store(ring.produced.wrapping_add(index), Ordering::SeqCst);
         bench.hypervisor.notify(DOMID, ring.port);
         front.wait_back("5");
+        // Xenstore has the state before the status has the reason.
+        eventually("the reason is shown", || bench.status().problem.is_some());
         let problem = bench.status().problem.unwrap();
         assert!(problem.contains("more than its ring holds"), "{problem}");
         assert!(bench.back("error").is_some());

@@ -273,6 +273,35 @@ fn persistent_pages_are_mapped_once_and_bounded() {
     assert!(bench.hypervisor.mapped() <= 17);
 }
 
+/// Pages that the kernel does not give back are counted as mapped until the device has closed, and nothing else is wrong.
+#[test]
+fn pages_that_cannot_be_unmapped_go_with_the_device() {
+    let bench = Bench::with(1 << 20, true, |options| options.persistent_grants = 8);
+    let mut front = Frontend::connected(&bench.hypervisor, ID, Shape { persistent: true, ..PLAIN });
+    let mut write = |seed| {
+        let data = pattern(seed, 5 * 4096);
+        let segments = front.fill(&data);
+        assert_eq!(front.ask(0, WRITE, 0, &segments), OK);
+        assert!(bench.disk.data.lock().unwrap()[..data.len()] == data);
+    };
+    write(1);
+    // The next pages push those out, in vain.
+    bench.hypervisor.fail_unmaps(1);
+    write(2);
+    assert_eq!((bench.hypervisor.mapped(), bench.status().grants_mapped), (11, 11));
+    assert_eq!(bench.status().grants_persistent, 5);
+    write(3);
+    assert_eq!((bench.hypervisor.mapped(), bench.status().grants_mapped), (11, 11));
+    // The ring, too.
+    bench.hypervisor.fail_unmaps(100);
+    front.state("5");
+    front.wait_back("5");
+    front.state("6");
+    front.wait_back("6");
+    assert_eq!(bench.hypervisor.mapped(), 0);
+    assert_eq!(bench.status().grants_mapped, 0);
+}
+
 /// One request of the model: a read or a write, with so many segments of so many sectors.
 #[derive(Clone, Debug)]
 enum Step {

@@ -441,3 +441,69 @@ fn a_successor_waits_for_the_lease() {
     assert_eq!(front.wait(0, id), OK);
     assert!(front.read(0, 100, 4096) == pattern(2, 4096));
 }
+
+#[test]
+fn work_for_which_there_is_no_thread_is_tried_again() {
+    let mut bench = Bench::new();
+    let waits = |bench: &Bench| {
+        eventually("it is shown what is missing", || {
+            bench.status().problem.is_some_and(|problem| problem.contains("no thread"))
+        });
+    };
+    // To find the disk ...
+    bench.hypervisor.set_threads(false);
+    create(&bench.hypervisor, ID, &[]);
+    waits(&bench);
+    assert!(bench.giver.asked.lock().unwrap().is_empty());
+    bench.hypervisor.set_threads(true);
+    bench.wait_back("state", "2");
+    assert_eq!(bench.status().problem, None);
+    // ... to connect ...
+    bench.hypervisor.set_threads(false);
+    let mut front = Frontend::new(&bench.hypervisor, ID, PLAIN);
+    front.offer();
+    front.state("3");
+    waits(&bench);
+    assert_eq!(bench.disk.opened.load(Ordering::SeqCst), 0);
+    bench.hypervisor.set_threads(true);
+    bench.wait_back("state", "4");
+    front.state("4");
+    check(&mut front, 1);
+    // ... to end the connection ...
+    bench.hypervisor.set_threads(false);
+    front.state("5");
+    front.wait_back("5");
+    front.state("6");
+    waits(&bench);
+    assert!(bench.hypervisor.mapped() > 0);
+    bench.hypervisor.set_threads(true);
+    front.wait_back("6");
+    assert_eq!(bench.hypervisor.mapped(), 0);
+    // ... and where the server ends itself, it does that without one: it has no time to wait.
+    bench.hypervisor.store.remove(&back(ID));
+    let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
+    check(&mut front, 2);
+    bench.hypervisor.set_threads(false);
+    bench.server.take().unwrap().leave();
+    assert_eq!(bench.hypervisor.mapped(), 0);
+    assert_eq!(bench.disk.sessions.load(Ordering::SeqCst), 0);
+    bench.hypervisor.set_threads(true);
+    bench.serve();
+    check(&mut front, 3);
+}
+
+/// A device that goes while its work waits for a thread is forgotten all the same.
+#[test]
+fn a_device_that_goes_while_there_is_no_thread_is_forgotten() {
+    let bench = Bench::new();
+    let mut front = Frontend::connected(&bench.hypervisor, ID, PLAIN);
+    check(&mut front, 1);
+    bench.hypervisor.set_threads(false);
+    bench.hypervisor.store.remove(&back(ID));
+    eventually("its end waits", || bench.status().problem.is_some());
+    assert!(bench.giver.closed.lock().unwrap().is_empty());
+    bench.hypervisor.set_threads(true);
+    eventually("it is closed", || bench.giver.closed.lock().unwrap().len() == 1);
+    eventually("it is gone", || bench.server.as_ref().unwrap().devices().is_empty());
+    assert_eq!(bench.hypervisor.mapped(), 0);
+}

@@ -6,12 +6,14 @@ mod store;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-use crate::sys::{Copy, EventChannel, EventChannels, GrantTable, Grants, Mapping, PAGE, Platform};
+use crate::sys::{
+    Copy, EventChannel, EventChannels, GrantTable, Grants, Mapping, OfTheSystem, PAGE, Platform, Threads,
+};
 
 pub use store::Tree;
 
@@ -30,6 +32,9 @@ pub struct Hypervisor {
     maps: AtomicUsize,
     /// Calls to copy made so far.
     copies: AtomicUsize,
+    /// Calls to unmap that fail from now on.
+    bad_unmaps: AtomicUsize,
+    no_threads: AtomicBool,
     /// Its xenstore.
     pub store: Arc<Tree>,
 }
@@ -84,6 +89,8 @@ impl Hypervisor {
             mapped: AtomicUsize::new(0),
             maps: AtomicUsize::new(0),
             copies: AtomicUsize::new(0),
+            bad_unmaps: AtomicUsize::new(0),
+            no_threads: AtomicBool::new(false),
             store: Arc::default(),
         }))
     }
@@ -94,6 +101,7 @@ impl Hypervisor {
             stores: Arc::new(store::Way(self.store.clone())),
             events: Arc::new(Ends(self.clone())),
             grants: Arc::new(Ends(self.clone())),
+            threads: Arc::new(Ends(self.clone())),
         }
     }
 
@@ -173,6 +181,16 @@ impl Hypervisor {
         self.copies.load(Ordering::SeqCst)
     }
 
+    /// So many of the next calls to unmap fail: their pages stay mapped until the way to them is closed.
+    pub fn fail_unmaps(&self, count: usize) {
+        self.bad_unmaps.store(count, Ordering::SeqCst);
+    }
+
+    /// Whether there are threads to be had in domain 0.
+    pub fn set_threads(&self, there: bool) {
+        self.no_threads.store(!there, Ordering::SeqCst);
+    }
+
     fn find(&self, domid: u16, reference: u32, writable: bool) -> io::Result<usize> {
         match lock(&self.grants).get(&(domid, reference)) {
             Some(grant) if grant.writable || !writable => Ok(grant.page),
@@ -239,15 +257,32 @@ impl Drop for Channel {
     }
 }
 
+impl Threads for Ends {
+    fn start(&self, name: &'static str, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        if self.0.no_threads.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+        OfTheSystem.start(name, work)
+    }
+}
+
 impl Grants for Ends {
     fn open(&self, domid: u16) -> io::Result<Box<dyn GrantTable>> {
-        Ok(Box::new(Table { hypervisor: self.0.clone(), domid }))
+        Ok(Box::new(Table { hypervisor: self.0.clone(), domid, stuck: AtomicUsize::new(0) }))
     }
 }
 
 struct Table {
     hypervisor: Arc<Hypervisor>,
     domid: u16,
+    /// Pages that could not be unmapped.
+    stuck: AtomicUsize,
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        self.hypervisor.mapped.fetch_sub(*self.stuck.get_mut(), Ordering::SeqCst);
+    }
 }
 
 impl GrantTable for Table {
@@ -277,10 +312,19 @@ impl GrantTable for Table {
         Ok(())
     }
 
-    unsafe fn unmap(&self, mapping: Mapping) {
-        self.hypervisor.mapped.fetch_sub(mapping.pages, Ordering::SeqCst);
+    unsafe fn unmap(&self, mapping: Mapping) -> io::Result<()> {
         // SAFETY: made by `map`, and the caller says that nobody uses it.
-        let _ = unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE) };
+        unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE)? };
+        let fails = self
+            .hypervisor
+            .bad_unmaps
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if fails.is_ok() {
+            self.stuck.fetch_add(mapping.pages, Ordering::SeqCst);
+            return Err(io::Error::from_raw_os_error(libc::ENOENT));
+        }
+        self.hypervisor.mapped.fetch_sub(mapping.pages, Ordering::SeqCst);
+        Ok(())
     }
 
     unsafe fn copy(&self, copies: &mut [Copy]) -> io::Result<()> {

@@ -81,12 +81,11 @@ impl Table {
         u64::from(reference) | u64::from(offset) << 32 | u64::from(self.domid) << 48
     }
 
-    fn forget(&self, index: u64, count: usize) {
+    fn forget(&self, index: u64, count: usize) -> io::Result<()> {
         let unmap = Unmap { index, count: u32::try_from(count).unwrap_or(0), pad: 0 };
         // SAFETY: the structure is what the call reads.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), UNMAP, &raw const unmap) } < 0 {
-            tracing::error!("cannot unmap pages of domain {}: {}", self.domid, io::Error::last_os_error());
-        }
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), UNMAP, &raw const unmap) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -110,7 +109,8 @@ impl GrantTable for Table {
         match mapped {
             Ok(start) => Ok(Mapping { start: start.cast(), pages: references.len(), index }),
             Err(error) => {
-                self.forget(index, references.len());
+                // What was reserved stays so until the file is closed, should this fail, too.
+                let _ = self.forget(index, references.len());
                 Err(error.into())
             }
         }
@@ -123,12 +123,10 @@ impl GrantTable for Table {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    unsafe fn unmap(&self, mapping: Mapping) {
+    unsafe fn unmap(&self, mapping: Mapping) -> io::Result<()> {
         // SAFETY: the caller says that it is a mapping of this table that nobody uses.
-        if let Err(error) = unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE) } {
-            tracing::error!("cannot unmap pages of domain {}: {error}", self.domid);
-        }
-        self.forget(mapping.index, mapping.pages);
+        unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE)? };
+        self.forget(mapping.index, mapping.pages)
     }
 
     unsafe fn copy(&self, copies: &mut [Copy]) -> io::Result<()> {

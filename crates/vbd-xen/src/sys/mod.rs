@@ -1,4 +1,4 @@
-//! What Xen gives a back-end, each behind a trait: xenstore, event channels and grants.
+//! What a back-end needs, each behind a trait: xenstore, event channels and grants of Xen, and threads.
 //!
 //! [`Platform::open`] is the real thing, through the kernel's devices and xenstored's socket. The same back-end runs on
 //! plain memory in tests.
@@ -24,6 +24,8 @@ pub struct Platform {
     pub events: Arc<dyn EventChannels>,
     /// Granted pages.
     pub grants: Arc<dyn Grants>,
+    /// Threads.
+    pub threads: Arc<dyn Threads>,
 }
 
 impl Platform {
@@ -63,7 +65,8 @@ impl Platform {
                 return Err(Error::NoXen(format!("xenstored does not answer: {error}; is it running?")));
             }
         }
-        Ok(Platform { stores, events: Arc::new(evtchn::Device), grants: Arc::new(gntdev::Device) })
+        let (events, grants) = (Arc::new(evtchn::Device), Arc::new(gntdev::Device));
+        Ok(Platform { stores, events, grants, threads: Arc::new(OfTheSystem) })
     }
 }
 
@@ -177,6 +180,24 @@ pub trait EventChannel: Send {
     fn port(&self) -> u32;
 }
 
+/// Starts threads.
+pub trait Threads: Send + Sync {
+    /// Has work done on a thread of its own, for which nobody waits.
+    ///
+    /// # Errors
+    /// There is none to be had; nothing was done.
+    fn start(&self, name: &'static str, work: Box<dyn FnOnce() + Send>) -> io::Result<()>;
+}
+
+/// Threads of the operating system.
+pub(crate) struct OfTheSystem;
+
+impl Threads for OfTheSystem {
+    fn start(&self, name: &'static str, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        std::thread::Builder::new().name(name.into()).spawn(work).map(drop)
+    }
+}
+
 /// Opens ways to granted pages.
 pub trait Grants: Send + Sync {
     /// A way to the pages that this domain grants, for one queue.
@@ -238,9 +259,12 @@ pub trait GrantTable: Send + Sync {
 
     /// Takes a mapping back.
     ///
+    /// # Errors
+    /// The pages stay mapped as long as there is this table; nobody may use them all the same.
+    ///
     /// # Safety
     /// It came from [`map`](Self::map) of this table, and nobody uses it any more.
-    unsafe fn unmap(&self, mapping: Mapping);
+    unsafe fn unmap(&self, mapping: Mapping) -> io::Result<()>;
 
     /// Copies; each tells for itself whether it was done.
     ///
