@@ -3,7 +3,7 @@
 //! [`Reactor::spawn`] starts a thread and gives a [`Handle`] that other threads post closures to. Code that runs on
 //! the thread gets a [`Local`]: it submits operations ([`Op`]) whose results come back through [`Completion`], adds
 //! pollers, timers and tasks. Nothing outside this crate knows io_uring; where the kernel forbids it a thread pool
-//! stands behind the same face ([`EngineKind`]).
+//! stands behind the same face ([`EngineKind`]). What lives on the thread is reached from others as a [`Remote`].
 //!
 //! A driver's control commands, which a reactor's ring has no room for, go by [`command`].
 //!
@@ -18,6 +18,7 @@ mod op;
 mod poller;
 mod pool;
 mod reactor;
+mod remote;
 mod task;
 mod threads;
 mod uring;
@@ -28,3 +29,4 @@ pub use file::FileHandle;
 pub use op::{Completion, IoVec, Op, OpId, execute};
 pub use poller::Poller;
 pub use reactor::{Handle, Local, Reactor, Settings};
+pub use remote::{Place, Remote};

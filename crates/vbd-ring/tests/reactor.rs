@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use vbd_ring::{Completion, EngineKind, IoVec, Local, Op, Poller, Reactor, Settings};
+use vbd_ring::{Completion, EngineKind, IoVec, Local, Op, Place, Poller, Reactor, Remote, Settings};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -344,4 +344,69 @@ fn a_control_command_has_its_result() {
     // SAFETY: the command has no pointers.
     let result = unsafe { vbd_ring::command::run(file.as_fd(), 1, [0; 80]) };
     assert_eq!(result.expect("a ring"), -libc::EOPNOTSUPP);
+}
+
+/// Counts, and tells when it is dropped.
+struct Resident {
+    count: Cell<u32>,
+    place: Place,
+    gone: Sender<()>,
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        // Where it lives may still be used.
+        self.place.leave();
+        let _ = self.gone.send(());
+    }
+}
+
+#[test]
+fn an_object_on_a_reactor_is_reached_until_it_leaves() {
+    both(|reactor| {
+        let (gone, ended) = channel();
+        let make = |gone: Sender<()>| {
+            let made = move |_: &Local, place| Ok(Rc::new(Resident { count: Cell::new(0), place, gone }));
+            Remote::new(&reactor.handle(), made).expect("made")
+        };
+        let (one, other) = (make(gone.clone()), make(gone));
+        let again = one.clone();
+        for _ in 0..3 {
+            again.post(|object| object.count.set(object.count.get() + 1));
+        }
+        assert_eq!(one.with(|object| object.count.get()), Some(3));
+        assert_eq!(other.with(|object| object.count.get()), Some(0));
+        // Whoever holds it has it still; others do not find it.
+        let during = one.with(|object| {
+            object.place.leave();
+            object.count.get()
+        });
+        assert_eq!(during, Some(3));
+        ended.recv_timeout(LONG).expect("dropped");
+        assert_eq!(one.with(|_| ()), None);
+        one.post(|_| unreachable!("it is gone"));
+        assert_eq!(other.with(|_| ()), Some(()));
+        // The other is dropped with its thread.
+        assert!(ended.try_recv().is_err());
+    });
+}
+
+#[test]
+fn an_object_that_is_not_made_or_leaves_at_once_leaves_nothing_behind() {
+    both(|reactor| {
+        let (gone, ended) = channel();
+        let failed = Remote::<Resident>::new(&reactor.handle(), |_, _| Err("as the test wants it".into()));
+        assert_eq!(failed.err().as_deref(), Some("as the test wants it"));
+        let leaves = Remote::new(&reactor.handle(), move |_, place| {
+            place.leave();
+            Ok(Rc::new(Resident { count: Cell::new(0), place, gone }))
+        });
+        ended.recv_timeout(LONG).expect("dropped");
+        assert_eq!(leaves.expect("made").with(|_| ()), None);
+    });
+    let reactor = Reactor::spawn("test", Settings::default()).expect("a reactor");
+    let handle = reactor.handle();
+    reactor.join();
+    let late = Remote::new(&handle, |_, _| Ok(Rc::new(())));
+    assert_eq!(late.err().as_deref(), Some("the reactor has ended"));
 }

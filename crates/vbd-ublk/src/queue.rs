@@ -2,15 +2,13 @@
 //! with its result.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use vbd_core::{Channel, Guard, IoVec, QueueCounters, Request, Result, Session, Sink};
-use vbd_ring::{Completion, FileHandle, Handle, Local, Op};
+use vbd_ring::{Completion, FileHandle, Handle, Local, Op, Place};
 
 use crate::abi::QueueCommand;
 use crate::buffers::{Buffers, Descriptors};
@@ -37,16 +35,8 @@ pub(crate) struct Setup {
     pub(crate) ended: SyncSender<()>,
 }
 
-thread_local! {
-    /// The queues of this reactor, by number.
-    static QUEUES: RefCell<HashMap<u64, Rc<Queue>>> = RefCell::default();
-}
-
 /// A queue as seen from other threads.
-pub(crate) struct Remote {
-    handle: Handle,
-    id: u64,
-}
+pub(crate) struct Remote(vbd_ring::Remote<Queue>);
 
 impl Remote {
     /// Starts a queue on a reactor: all its commands are with the driver then.
@@ -54,42 +44,28 @@ impl Remote {
     /// # Errors
     /// Its memory cannot be had, there is no channel, or the reactor has no io_uring.
     pub(crate) fn start(handle: &Handle, setup: Setup) -> Result<Self, String> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let answer = handle.call(move |local| Queue::start(local, id, setup));
-        answer.unwrap_or_else(|| Err("the reactor has ended".into()))?;
-        Ok(Remote { handle: handle.clone(), id })
+        vbd_ring::Remote::new(handle, |local, place| Queue::start(local, place, setup)).map(Remote)
     }
 
     /// Takes nothing more and ends when what was taken is done. What the driver hands over from now on is left for
     /// the next server.
     pub(crate) fn leave(&self) {
-        self.post(Queue::leave);
+        self.0.post(Queue::leave);
     }
 
     /// Fails requests that wait for something other than the storage.
     pub(crate) fn cancel_waiting(&self) {
-        self.post(|queue| {
+        self.0.post(|queue| {
             let channel = queue.channel.borrow().clone();
             if let Some(channel) = channel {
                 channel.cancel_waiting();
             }
         });
     }
-
-    fn post(&self, work: impl FnOnce(&Rc<Queue>) + Send + 'static) {
-        let id = self.id;
-        self.handle.post(move |_| {
-            let queue = QUEUES.with_borrow(|queues| queues.get(&id).cloned());
-            if let Some(queue) = queue {
-                work(&queue);
-            }
-        });
-    }
 }
 
 struct Queue {
-    id: u64,
+    place: Place,
     shared: Arc<Shared>,
     number: u16,
     max_io: u32,
@@ -116,7 +92,7 @@ struct Queue {
 }
 
 impl Queue {
-    fn start(local: &Local, id: u64, setup: Setup) -> Result<(), String> {
+    fn start(local: &Local, place: Place, setup: Setup) -> Result<Rc<Queue>, String> {
         if !local.is_uring() {
             return Err("the reactor runs without io_uring (see --engine), and ublk needs it".into());
         }
@@ -128,7 +104,7 @@ impl Queue {
         let durable = !setup.session.capabilities().write_cache;
         let channel = setup.session.channel(local).map_err(|error| error.to_string())?;
         let queue = Rc::new(Queue {
-            id,
+            place,
             shared: setup.shared,
             number: setup.number,
             max_io: setup.max_io,
@@ -148,13 +124,12 @@ impl Queue {
             spare: RefCell::default(),
             ended: setup.ended,
         });
-        QUEUES.with_borrow_mut(|queues| queues.insert(id, queue.clone()));
         let fetch = QueueCommand::Fetch.number(setup.encoded);
         for tag in 0..setup.depth {
             queue.send(fetch, tag, 0);
         }
         local.flush();
-        Ok(())
+        Ok(queue)
     }
 
     /// Gives a command to the driver.
@@ -210,7 +185,7 @@ impl Queue {
         }
         // With the channel goes its hold on the session, and with the last of them the lease.
         if self.channel.borrow_mut().take().is_some() {
-            QUEUES.with_borrow_mut(|queues| queues.remove(&self.id));
+            self.place.leave();
             // Told later in the turn, when this queue has been dropped and with it its hold on the device's node.
             self.local.defer(Rc::new(Ended(self.ended.clone())), 0, 0);
         }

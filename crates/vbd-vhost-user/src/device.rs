@@ -21,7 +21,7 @@ use crate::dirty::DirtyLog;
 use crate::inflight::{self, Inflight, Tracker};
 use crate::memory::{MOST_REGIONS, Mapping, Memory, Region};
 use crate::notify;
-use crate::queue::{Logging, Remote, Setup, TrackerSetup};
+use crate::queue::{Logging, Queue, Remote, Setup, TrackerSetup};
 use crate::request::Limits;
 use crate::ring::{Addresses, MOST_ENTRIES};
 use crate::server::Shared;
@@ -282,7 +282,7 @@ impl Device {
             tracker,
             log: self.logging(vring),
         };
-        let queue = Remote::start(self.shared.reactor(index), setup)?;
+        let queue = Queue::start(self.shared.reactor(index), setup)?;
         self.vrings[index].running = Some(queue);
         Ok(())
     }

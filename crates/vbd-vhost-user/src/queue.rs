@@ -2,18 +2,17 @@
 //! used ring when they come back.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use vbd_core::{
     Channel, Error, ErrorKind, Guard, IoVec, Operation, QueueCounters, Request, Result, Session, Sink,
 };
-use vbd_ring::{Completion, FileHandle, Handle, Local, Op, OpId, Poller};
+use vbd_ring::{Completion, FileHandle, Handle, Local, Op, OpId, Place, Poller};
 
 use crate::chain::{Intake, Violation};
 use crate::config::feature;
@@ -67,54 +66,8 @@ pub(crate) struct Logging {
 /// meanwhile instead of afterwards.
 const SHOW_AFTER: u16 = 16;
 
-thread_local! {
-    /// The queues of this reactor, by number.
-    static QUEUES: RefCell<HashMap<u64, Rc<Queue>>> = RefCell::default();
-}
-
 /// A queue as seen from other threads.
-#[derive(Clone)]
-pub(crate) struct Remote {
-    handle: Handle,
-    id: u64,
-}
-
-impl Remote {
-    /// Starts a queue on a reactor.
-    ///
-    /// # Errors
-    /// Its ring or its in-flight region is not what it should be, or there is no channel to be had.
-    pub(crate) fn start(handle: &Handle, setup: Setup) -> Result<Self, String> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let answer = handle.call(move |local| Queue::start(local, id, setup));
-        answer.unwrap_or_else(|| Err("the reactor has ended".into()))?;
-        Ok(Remote { handle: handle.clone(), id })
-    }
-
-    /// Runs `work` with the queue and waits for it; none if the queue is gone.
-    pub(crate) fn with<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Rc<Queue>) -> T + Send + 'static,
-    ) -> Option<T> {
-        let id = self.id;
-        self.handle.call(move |_| find(id).map(|queue| work(&queue)))?
-    }
-
-    /// Runs `work` with the queue, soon, if it is still there.
-    pub(crate) fn post(&self, work: impl FnOnce(&Rc<Queue>) + Send + 'static) {
-        let id = self.id;
-        self.handle.post(move |_| {
-            if let Some(queue) = find(id) {
-                work(&queue);
-            }
-        });
-    }
-}
-
-fn find(id: u64) -> Option<Rc<Queue>> {
-    QUEUES.with_borrow(|queues| queues.get(&id).cloned())
-}
+pub(crate) type Remote = vbd_ring::Remote<Queue>;
 
 /// A request that was taken and is not yet in the used ring.
 #[derive(Clone, Copy)]
@@ -130,7 +83,7 @@ struct Slot {
 const FREE: Slot = Slot { status: std::ptr::null_mut(), written: 0, parts: 0, worst: Status::Ok };
 
 pub(crate) struct Queue {
-    id: u64,
+    place: Place,
     server: Arc<Shared>,
     number: usize,
     local: Local,
@@ -184,7 +137,15 @@ enum Step {
 }
 
 impl Queue {
-    fn start(local: &Local, id: u64, setup: Setup) -> Result<(), String> {
+    /// Starts a queue on a reactor.
+    ///
+    /// # Errors
+    /// Its ring or its in-flight region is not what it should be, or there is no channel to be had.
+    pub(crate) fn start(handle: &Handle, setup: Setup) -> Result<Remote, String> {
+        Remote::new(handle, |local, place| Queue::new(local, place, setup))
+    }
+
+    fn new(local: &Local, place: Place, setup: Setup) -> Result<Rc<Queue>, String> {
         let ring = Ring::new(&setup.memory, setup.addresses, setup.size)?;
         let used = ring.used();
         let mut tracker = setup.tracker.map(|tracker| tracker.0);
@@ -201,7 +162,7 @@ impl Queue {
         let mut intake = Intake::new(ring, setup.memory.clone(), base, indirect);
         intake.resubmit(again.unwrap_or_default());
         let queue = Rc::new(Queue {
-            id,
+            place,
             server: setup.server,
             number: setup.number,
             local: local.clone(),
@@ -235,12 +196,11 @@ impl Queue {
                 stopping: None,
             }),
         });
-        QUEUES.with_borrow_mut(|queues| queues.insert(id, queue.clone()));
         queue.set_call(setup.call);
         queue.set_kick(setup.kick);
         // Requests may have been waiting for long: no kick will tell of them.
         queue.wake();
-        Ok(())
+        Ok(queue)
     }
 
     /// Uses another eventfd for interrupts, and sends one: the driver may have missed one on the old.
@@ -523,7 +483,7 @@ impl Queue {
         self.forget_kick();
         // With the channel goes its hold on the session, and with the last of them the lease.
         *self.channel.borrow_mut() = None;
-        QUEUES.with_borrow_mut(|queues| queues.remove(&self.id));
+        self.place.leave();
         if let Some(done) = done {
             let _ = done.try_send(next);
         }

@@ -1,7 +1,6 @@
 //! A ring on its reactor: takes requests, gives them to the disk, and answers them when they come back.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use vbd_core::{Channel, Error, ErrorKind, IoVec, Operation, QueueCounters, Request, Result, Session, Sink};
-use vbd_ring::{Completion, FileHandle, Handle, Local, Op, OpId, Poller};
+use vbd_ring::{Completion, FileHandle, Handle, Local, Op, OpId, Place, Poller};
 
 use crate::abi::Status;
 use crate::intake::{Core, Step};
@@ -42,17 +41,8 @@ const SHOW_AFTER: u32 = 16;
 /// So many requests are copied in and given to the disk together.
 const BATCH: usize = 8;
 
-thread_local! {
-    /// The queues of this reactor, by number.
-    static QUEUES: RefCell<HashMap<u64, Rc<Queue>>> = RefCell::default();
-}
-
 /// A queue as seen from other threads.
-#[derive(Clone)]
-pub(crate) struct Remote {
-    handle: Handle,
-    id: u64,
-}
+pub(crate) struct Remote(vbd_ring::Remote<Queue>);
 
 impl Remote {
     /// Starts a queue on a reactor. Nothing is taken from its ring before [`go`](Self::go).
@@ -60,16 +50,12 @@ impl Remote {
     /// # Errors
     /// There is no channel to be had, or the reactor has ended.
     pub(crate) fn start(handle: &Handle, setup: Setup) -> std::result::Result<Self, String> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let answer = handle.call(move |local| Queue::start(local, id, setup));
-        answer.unwrap_or_else(|| Err("the reactor has ended".into()))?;
-        Ok(Remote { handle: handle.clone(), id })
+        vbd_ring::Remote::new(handle, |local, place| Queue::start(local, place, setup)).map(Remote)
     }
 
     /// Takes requests from now on.
     pub(crate) fn go(&self) {
-        self.post(|queue| {
+        self.0.post(|queue| {
             queue.core.borrow_mut().paused = false;
             // The front-end may wait for an answer that a queue before this one gave and could not tell of.
             queue.notify();
@@ -80,7 +66,7 @@ impl Remote {
     /// Takes nothing more, and tells when all that was taken is answered. With `keep`, what is cancelled stays in the
     /// record for a successor instead.
     pub(crate) fn stop(&self, keep: bool, done: SyncSender<()>) {
-        self.post(move |queue| {
+        self.0.post(move |queue| {
             if keep {
                 queue.core.borrow_mut().leave();
             }
@@ -91,26 +77,17 @@ impl Remote {
 
     /// Fails requests that wait for something other than the storage.
     pub(crate) fn cancel_waiting(&self) {
-        self.post(|queue| {
+        self.0.post(|queue| {
             let channel = queue.channel.borrow().clone();
             if let Some(channel) = channel {
                 channel.cancel_waiting();
             }
         });
     }
-
-    fn post(&self, work: impl FnOnce(&Rc<Queue>) + Send + 'static) {
-        let id = self.id;
-        self.handle.post(move |_| {
-            if let Some(queue) = QUEUES.with_borrow(|queues| queues.get(&id).cloned()) {
-                work(&queue);
-            }
-        });
-    }
 }
 
 pub(crate) struct Queue {
-    id: u64,
+    place: Place,
     label: String,
     local: Local,
     counters: Arc<QueueCounters>,
@@ -140,10 +117,10 @@ impl Drop for Ended {
 }
 
 impl Queue {
-    fn start(local: &Local, id: u64, setup: Setup) -> std::result::Result<(), String> {
+    fn start(local: &Local, place: Place, setup: Setup) -> std::result::Result<Rc<Queue>, String> {
         let channel = setup.session.channel(local).map_err(|error| error.to_string())?;
         let queue = Rc::new(Queue {
-            id,
+            place,
             label: setup.label,
             local: local.clone(),
             counters: setup.counters,
@@ -158,11 +135,10 @@ impl Queue {
             core: RefCell::new(setup.core),
             ended: RefCell::default(),
         });
-        QUEUES.with_borrow_mut(|queues| queues.insert(id, queue.clone()));
         let kick = Rc::new(Kick { queue: queue.clone(), file: local.file(queue.event.descriptor()) });
         *queue.kick.borrow_mut() = Some(kick.clone());
         kick.wait();
-        Ok(())
+        Ok(queue)
     }
 
     fn wake(self: &Rc<Self>) {
@@ -279,7 +255,7 @@ impl Queue {
         }
         // With the channel goes its hold on the session, and with the last of them the lease.
         *self.channel.borrow_mut() = None;
-        QUEUES.with_borrow_mut(|queues| queues.remove(&self.id));
+        self.place.leave();
     }
 
     #[cold]
