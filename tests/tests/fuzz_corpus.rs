@@ -1,10 +1,10 @@
 //! What fuzzers found and what they start from, through the same functions, on every run of the tests.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use vbd_daemon::config;
+use vbd_testing::corpus;
 
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
@@ -24,27 +24,10 @@ const TARGETS: [Target; 12] = [
     ("xl_disk", config::fuzz::xl_disk),
 ];
 
-fn fuzz_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz")
-}
-
-fn files(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
-
 #[test]
 fn every_kept_input_is_answered() {
     for (target, call) in TARGETS {
-        let inputs = files(&fuzz_dir().join("corpus").join(target));
-        assert!(!inputs.is_empty(), "{target} has no inputs");
-        for input in inputs {
-            // Captured by the test harness, shown with a failure.
-            println!("{}", input.display());
-            call(&fs::read(&input).unwrap());
-        }
+        corpus::replay(target, call);
     }
 }
 
@@ -52,7 +35,7 @@ fn every_kept_input_is_answered() {
 fn every_target_is_here() {
     let names = |dir: &str| -> BTreeSet<String> {
         let stem = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
-        files(&fuzz_dir().join(dir)).iter().map(stem).collect()
+        corpus::entries(&corpus::fuzz_dir().join(dir)).iter().map(stem).collect()
     };
     let here = TARGETS.iter().map(|(name, _)| (*name).to_owned()).collect();
     assert_eq!(names("fuzz_targets"), here);

@@ -56,18 +56,10 @@ fn requests() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Runs a fuzz entry on what was found interesting so far.
-fn replay(target: &str, entry: fn(&[u8])) {
-    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
-    let inputs: Vec<_> = std::fs::read_dir(corpus).unwrap().map(|file| file.unwrap().path()).collect();
-    assert!(!inputs.is_empty());
-    inputs.iter().for_each(|path| entry(&std::fs::read(path).unwrap()));
-}
-
 #[test]
 fn the_corpora_pass() {
-    replay("nbd_negotiation", vbd_nbd::fuzz::negotiation);
-    replay("nbd_commands", vbd_nbd::fuzz::commands);
+    vbd_testing::corpus::replay("nbd_negotiation", vbd_nbd::fuzz::negotiation);
+    vbd_testing::corpus::replay("nbd_commands", vbd_nbd::fuzz::commands);
 }
 
 proptest! {

@@ -3,7 +3,8 @@
 mod common;
 
 use common::frontend::{EVENT_INDEX, INDIRECT, Machine, NEXT, Queue, TABLE, WRITE, put_descriptor};
-use common::{Bench, MemDisk, options};
+use common::{Bench, options};
+use vbd_testing::MemDisk;
 
 const OUT: u32 = 1;
 
@@ -318,7 +319,7 @@ fn an_interrupt_that_cannot_be_delivered_holds_up_nobody() {
         let served = count();
         bad.queue.request(&bad.guest, 0, OUT, 0, bad.queue.data(), 512);
         bad.queue.kick();
-        common::eventually("the request is served", || count() != served);
+        vbd_testing::eventually("the request is served", || count() != served);
     }
     assert_eq!(count(), before + 5);
     // On every reactor, so on the same one too.

@@ -9,8 +9,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::SeqCst;
 
+use common::Bench;
 use common::frontend::{EVENT_INDEX, FLUSH, Frontend, Guest, Queue, code, is_readable, words};
-use common::{Bench, eventually};
+use vbd_testing::eventually;
 
 const OUT: u32 = 1;
 const FEATURES: u64 = EVENT_INDEX | FLUSH;
@@ -113,7 +114,7 @@ fn a_process_to_kill() {
     let Some(path) = std::env::var_os("VBD_TEST_SOCKET") else { return };
     let bench = Bench::new();
     bench.disk.hold_odd.store(true, SeqCst);
-    let disk = common::MemDisk(bench.disk.clone());
+    let disk = vbd_testing::MemDisk(bench.disk.clone());
     let handles = bench.reactors.iter().map(vbd_ring::Reactor::handle).collect();
     let disk = std::sync::Arc::new(disk);
     let _server = vbd_vhost_user::Server::bind(path, disk, handles, common::options()).unwrap();
@@ -154,7 +155,7 @@ fn a_process_is_killed_and_the_next_does_the_rest_once() {
     let bench = Bench::new();
     let server = {
         let handles = bench.reactors.iter().map(vbd_ring::Reactor::handle).collect();
-        let disk = std::sync::Arc::new(common::MemDisk(bench.disk.clone()));
+        let disk = std::sync::Arc::new(vbd_testing::MemDisk(bench.disk.clone()));
         vbd_vhost_user::Server::bind(&path, disk, handles, common::options()).unwrap()
     };
     let frontend = machine.again(&path);

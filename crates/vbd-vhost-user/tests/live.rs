@@ -12,8 +12,9 @@ use std::time::Duration;
 use common::frontend::{
     EVENT_INDEX, FLUSH, Frontend, Guest, LOG_ALL, Machine, Queue, code, halves, is_readable, words,
 };
-use common::{Bench, eventually, options};
+use common::{Bench, options};
 use vbd_core::{ErrorKind, Operation};
+use vbd_testing::eventually;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -485,7 +486,7 @@ fn a_server_with_parked_requests_stops_within_its_bound() {
 #[test]
 fn an_unconnected_server_stops_and_half_a_message_holds_up_nobody() {
     let mut bench = Bench::new();
-    let second = bench.serve("second", common::MemDisk::new(1 << 20), options());
+    let second = bench.serve("second", vbd_testing::MemDisk::new(1 << 20), options());
     let half = Frontend::connect(&bench.path);
     std::io::Write::write_all(&mut &half.socket, &halves(&[1, 1])).unwrap();
     let m = Machine::start(&bench.dir.path().join("second"), ALL);

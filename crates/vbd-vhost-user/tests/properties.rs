@@ -68,15 +68,8 @@ proptest! {
     }
 }
 
-/// The fuzzer's corpora, which keep what it has found.
-fn corpus(name: &str, run: fn(&[u8])) {
-    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
-    assert!(files.inspect(|bytes| run(bytes)).count() > 0);
-}
-
 #[test]
 fn the_corpora_pass() {
-    corpus("virtqueue_request", fuzz_virtqueue);
-    corpus("virtqueue_inflight", fuzz_inflight);
+    vbd_testing::corpus::replay("virtqueue_request", fuzz_virtqueue);
+    vbd_testing::corpus::replay("virtqueue_inflight", fuzz_inflight);
 }

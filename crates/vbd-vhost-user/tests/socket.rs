@@ -6,7 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use common::frontend::Machine;
-use common::{Bench, MemDisk, eventually, options};
+use common::{Bench, options};
+use vbd_testing::{MemDisk, eventually};
 use vbd_vhost_user::{Error, Options, Server};
 
 fn bind(bench: &Bench, name: &str, options: Options) -> Result<Server, Error> {

@@ -6,7 +6,8 @@ mod common;
 use std::sync::atomic::Ordering::SeqCst;
 
 use common::frontend::{EVENT_INDEX, Machine};
-use common::{Bench, MemDisk, eventually, options};
+use common::{Bench, options};
+use vbd_testing::{MemDisk, eventually};
 
 const OUT: u32 = 1;
 

@@ -9,7 +9,8 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::frontend::*;
-use common::{Bench, ID, eventually};
+use common::{Bench, ID};
+use vbd_testing::eventually;
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
 

@@ -7,8 +7,9 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use common::frontend::*;
-use common::{Bench, DEVID, DOMID, ID, eventually};
+use common::{Bench, DEVID, DOMID, ID};
 use proptest::prelude::*;
+use vbd_testing::eventually;
 use vbd_xen::{DeviceId, fuzz_ring, fuzz_store};
 
 #[test]
@@ -295,15 +296,8 @@ proptest! {
     }
 }
 
-/// The fuzzer's corpora, which keep what it has found.
-fn corpus(name: &str, run: fn(&[u8])) {
-    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
-    assert!(files.inspect(|bytes| run(bytes)).count() > 0);
-}
-
 #[test]
 fn the_corpora_pass() {
-    corpus("xen_ring", fuzz_ring);
-    corpus("xen_store", fuzz_store);
+    vbd_testing::corpus::replay("xen_ring", fuzz_ring);
+    vbd_testing::corpus::replay("xen_store", fuzz_store);
 }

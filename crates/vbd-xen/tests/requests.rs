@@ -7,9 +7,10 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use common::frontend::*;
-use common::{Bench, ID, eventually};
+use common::{Bench, ID};
 use proptest::prelude::*;
 use vbd_core::{ErrorKind, Operation};
+use vbd_testing::eventually;
 
 fn shapes() -> Vec<Shape> {
     let mut shapes = Vec::new();

@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::frontend::*;
-use common::{Answer, Bench, DEVID, DOMID, ID, eventually};
+use common::{Answer, Bench, DEVID, DOMID, ID};
+use vbd_testing::eventually;
 use vbd_xen::{BackendKind, DeviceId, Mode, State};
 
 fn check(front: &mut Frontend, seed: u32) {

@@ -1,6 +1,6 @@
 //! A front-end written by hand, that can say what no decent one would.
 
-use std::io::{IoSlice, Read};
+use std::io::{Error, ErrorKind, IoSlice, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,6 +12,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
+use vbd_testing::eventually;
 
 pub(crate) mod code {
     pub(crate) const GET_FEATURES: u32 = 1;
@@ -134,7 +135,17 @@ const NEED_REPLY: u32 = 8;
 
 impl Frontend {
     pub(crate) fn connect(path: &Path) -> Self {
-        let socket = UnixStream::connect(path).unwrap();
+        // Another process makes the socket first, and listens then.
+        let mut socket = None;
+        eventually("somebody listens", || {
+            let connected = UnixStream::connect(path);
+            let refused = |error: &Error| error.kind() == ErrorKind::ConnectionRefused;
+            if !connected.as_ref().is_err_and(refused) {
+                socket = Some(connected.unwrap());
+            }
+            socket.is_some()
+        });
+        let socket = socket.unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         Frontend { socket }
     }

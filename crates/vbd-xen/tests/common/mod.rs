@@ -2,18 +2,17 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 #![allow(clippy::cast_possible_truncation, reason = "sizes of tests are small")]
 
-pub(crate) mod disk;
 pub(crate) mod frontend;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vbd_ring::{Reactor, Settings};
 use vbd_xen::fake::Hypervisor;
 use vbd_xen::{BackendKind, DeviceId, DeviceRequest, DeviceStatus, Options, Provided, Provider, Server};
 
-use disk::{Behaviour, MemDisk};
+use vbd_testing::{Behaviour, MemDisk, eventually};
 
 /// The domain of most tests, and its disk.
 pub(crate) const DOMID: u16 = 3;
@@ -140,14 +139,5 @@ impl Bench {
     pub(crate) fn wait_back(&self, key: &str, value: &str) {
         let path = format!("{}/{key}", frontend::back(ID));
         assert_eq!(self.hypervisor.store.wait_for(&path, value).as_deref(), Some(value), "{path}");
-    }
-}
-
-/// Waits for something that another thread does; a test hangs on a bug no longer than this.
-pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,4 +1,5 @@
 //! A disk in memory whose behaviour tests choose.
+#![allow(clippy::cast_possible_truncation, reason = "sizes of tests are small")]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -15,38 +16,53 @@ use vbd_ring::{Completion, Local};
 
 /// What a disk was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Asked {
-    pub(crate) operation: Operation,
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
-    pub(crate) fua: bool,
-    pub(crate) may_unmap: bool,
+pub struct Asked {
+    /// What for.
+    pub operation: Operation,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// It is to be durable when it completes.
+    pub fua: bool,
+    /// Zeroes may give space back.
+    pub may_unmap: bool,
 }
 
-pub(crate) struct Behaviour {
-    pub(crate) data: Mutex<Vec<u8>>,
-    pub(crate) asked: Mutex<Vec<Asked>>,
+/// What a disk does, what it holds, and what it was asked.
+pub struct Behaviour {
+    /// Its bytes.
+    pub data: Mutex<Vec<u8>>,
+    /// All that it was asked, in order.
+    pub asked: Mutex<Vec<Asked>>,
     /// Requests wait, as for a policy, until this is false.
-    pub(crate) hold: AtomicBool,
+    pub hold: AtomicBool,
     /// They wait in the storage, where they cannot be cancelled.
-    pub(crate) stuck: AtomicBool,
+    pub stuck: AtomicBool,
     /// Requests at odd sectors wait.
-    pub(crate) hold_odd: AtomicBool,
-    pub(crate) fail: Mutex<Option<ErrorKind>>,
+    pub hold_odd: AtomicBool,
+    /// Requests fail like this.
+    pub fail: Mutex<Option<ErrorKind>>,
     /// The lease is held by somebody else.
-    pub(crate) busy: AtomicBool,
-    pub(crate) sessions: AtomicUsize,
-    pub(crate) opened: AtomicUsize,
-    pub(crate) read_only: AtomicBool,
-    pub(crate) write_cache: AtomicBool,
+    pub busy: AtomicBool,
+    /// Sessions that there are.
+    pub sessions: AtomicUsize,
+    /// Sessions that there were.
+    pub opened: AtomicUsize,
+    /// It says that it can only be read.
+    pub read_only: AtomicBool,
+    /// It says that writes need a flush.
+    pub write_cache: AtomicBool,
     statistics: Statistics,
     watchers: Watchers,
 }
 
-pub(crate) struct MemDisk(pub(crate) Arc<Behaviour>);
+/// A disk in memory.
+pub struct MemDisk(pub Arc<Behaviour>);
 
 impl MemDisk {
-    pub(crate) fn new(size: usize) -> Self {
+    /// So many bytes of zeroes.
+    pub fn new(size: usize) -> Self {
         MemDisk(Arc::new(Behaviour {
             data: Mutex::new(vec![0; size]),
             asked: Mutex::default(),
@@ -88,13 +104,20 @@ impl Behaviour {
         }
     }
 
-    pub(crate) fn grow(&self, size: usize) {
+    /// Makes it longer and tells those who watch.
+    ///
+    /// # Panics
+    /// Another thread has panicked with it.
+    pub fn grow(&self, size: usize) {
         self.data.lock().unwrap().resize(size, 0);
         self.watchers.tell(Event::Resized(size as u64));
     }
 
     /// What was asked, without flushes.
-    pub(crate) fn transfers(&self) -> Vec<Asked> {
+    ///
+    /// # Panics
+    /// Another thread has panicked with it.
+    pub fn transfers(&self) -> Vec<Asked> {
         let asked = self.asked.lock().unwrap();
         asked.iter().copied().filter(|asked| asked.operation != Operation::Flush).collect()
     }
