@@ -44,8 +44,6 @@ fn a_guest_under_load_is_saved_and_restored() -> Result<()> {
 }
 
 #[test]
-#[ignore = "was seen to fail: the guest did not go on after its disk had moved, or a round ended before it had; \
-            `cargo nextest run -p vbd-tests --test xen --run-ignored only` runs it"]
 fn a_guest_under_load_moves_to_another_domain() -> Result<()> {
     case("moved")
 }
