@@ -13,6 +13,7 @@ pub mod group;
 pub mod hash;
 pub mod inode;
 pub mod journal;
+pub mod orphan;
 pub mod superblock;
 mod time;
 pub mod xattr;

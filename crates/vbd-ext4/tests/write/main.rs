@@ -1,0 +1,4 @@
+//! Filesystems written by vbd-ext4, held against e2fsck, debugfs, resize2fs, ext4-view and the kernel.
+
+mod sizes;
+mod tools;
