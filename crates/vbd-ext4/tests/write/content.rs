@@ -2,6 +2,7 @@
 
 use tempfile::NamedTempFile;
 use vbd_ext4::format::Attributes;
+use vbd_ext4::write::Settings;
 
 use crate::model::{self, BLOCK, Data, Entry, Kind, at, settings};
 use crate::mounted::{Mounted, compare};
@@ -109,4 +110,128 @@ fn the_kernel_sees_everything() {
     }
     let text = run("dumpe2fs", &["-h", file.path().to_str().unwrap()]);
     assert!(text.contains("a label"), "{text}");
+}
+
+#[test]
+fn smaller_blocks_hold_it_too() {
+    for block_size in [1024, 2048] {
+        let file = NamedTempFile::new().unwrap();
+        let mut root = everything();
+        let Kind::Directory(children) = &mut root.kind else { unreachable!("the root") };
+        // A target and attributes have to fit into one block.
+        let longest = Kind::Symlink(vec![b'z'; block_size as usize - 1]);
+        children.get_mut(&b"longest link"[..]).unwrap().kind = longest;
+        children.get_mut(&b"labelled"[..]).unwrap().xattrs.retain(|(name, _)| name != b"user.longest");
+        let settings = Settings { block_size, ..settings(200 * MIB) };
+        model::write(file.path(), &settings, &root);
+        check(file.path());
+        let mounted = Mounted::new(file.path(), "ro,noload");
+        compare(mounted.path(), &root, true);
+    }
+}
+
+/// The kernel finds a block of attributes that it would make itself, by its hash, and shares it.
+#[test]
+fn blocks_of_attributes_are_the_kernels() {
+    let file = NamedTempFile::new().unwrap();
+    let root =
+        Entry::directory([(b"ours".to_vec(), Entry::file(1, 1).with_xattr("user.long", &[b'f'; 301]))]);
+    model::write(file.path(), &settings(16 * MIB), &root);
+    {
+        let mounted = Mounted::new(file.path(), "rw");
+        // Known to the kernel once it was looked at.
+        compare(mounted.path(), &root, true);
+        let theirs = mounted.path().join("theirs");
+        std::fs::write(&theirs, b"").unwrap();
+        let flags = rustix::fs::XattrFlags::CREATE;
+        rustix::fs::setxattr(&theirs, "user.long", &[b'f'; 301], flags).unwrap();
+    }
+    check(file.path());
+    let place = |name: &str| {
+        let text = run("debugfs", &["-R", &format!("stat {name}"), file.path().to_str().unwrap()]);
+        text.lines().find_map(|line| line.strip_prefix("File ACL: ").map(str::to_owned)).expect("a block")
+    };
+    assert_ne!(place("/ours"), "0");
+    assert_eq!(place("/ours"), place("/theirs"));
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    use vbd_ext4::format::Extent;
+    use vbd_ext4::write::{Body, Layout, Node, WriteError, Writer};
+    let file = NamedTempFile::new().unwrap();
+    let mut writer =
+        Writer::new(Layout::new(&settings(16 * MIB)).unwrap(), file.reopen().unwrap(), 0).unwrap();
+    let ino = writer.reserve_inode().unwrap();
+    let plain = Node { attributes: model::attributes(0o644), xattrs: &[], links: 1, body: Body::Fifo };
+    let mut put = |node: Node<'_>| writer.put(ino, &node).unwrap_err();
+    let extent = |logical, length| Extent { logical, physical: 5000, length, unwritten: false };
+    let with = |name: &str, value: &[u8]| [(name.as_bytes().to_vec(), value.to_vec())];
+    let late = Attributes { mtime: at(15_032_385_536, 0), ..model::attributes(0o644) };
+
+    assert!(matches!(put(Node { links: 0, ..plain }), WriteError::Links(0)));
+    assert!(matches!(put(Node { links: 65_001, ..plain }), WriteError::Links(65_001)));
+    assert!(matches!(put(Node { attributes: late, ..plain }), WriteError::Time(15_032_385_536)));
+    assert!(matches!(
+        put(Node { attributes: model::attributes(0o10_000), ..plain }),
+        WriteError::Mode(0o10_000)
+    ));
+    for target in [&b""[..], b"a\0b", &[b'x'; 4096]] {
+        assert!(matches!(put(Node { body: Body::Symlink(target), ..plain }), WriteError::Symlink { .. }));
+    }
+    let device = Body::Character { major: 4096, minor: 0 };
+    assert!(matches!(put(Node { body: device, ..plain }), WriteError::Device { .. }));
+    for (size, extents) in [
+        (4096, vec![extent(0, 2)]),
+        (9000, vec![extent(0, 2), extent(1, 1)]),
+        (9000, vec![extent(0, 0)]),
+        (1 << 44, vec![]),
+    ] {
+        let body = Body::File { size, extents: &extents };
+        assert!(matches!(put(Node { body, ..plain }), WriteError::File { .. }));
+    }
+    for xattrs in [
+        with("com.apple.quarantine", b""),
+        with("system.data", b""),
+        with("user.big", &[0; 4100]),
+        with(&format!("user.{}", "n".repeat(256)), b""),
+    ] {
+        assert!(matches!(put(Node { xattrs: &xattrs, ..plain }), WriteError::Xattr { .. }));
+    }
+    let acl = with("system.posix_acl_access", b"no ACL");
+    assert!(matches!(put(Node { xattrs: &acl, ..plain }), WriteError::Acl { .. }));
+    let twice = [with("user.a", b"1"), with("user.a", b"2")].concat();
+    assert!(matches!(put(Node { xattrs: &twice, ..plain }), WriteError::Xattr { .. }));
+
+    // None of it counts as written; what can be, is, once.
+    writer.put(ino, &plain).unwrap();
+    assert!(matches!(writer.put(ino, &plain), Err(WriteError::Inode { .. })));
+    assert!(matches!(writer.put(5000, &plain), Err(WriteError::Inode { .. })));
+    let free = writer.free_blocks();
+    assert!(
+        matches!(writer.allocate(free + 1), Err(WriteError::NoBlocks { needed, .. }) if needed == free + 1)
+    );
+    assert!(matches!(writer.finish(model::UUID), Err(WriteError::Inode { .. })));
+}
+
+#[test]
+fn what_is_given_back_is_free() {
+    use vbd_ext4::format::ino;
+    use vbd_ext4::write::{Directory, Layout, Run, Writer};
+    let file = NamedTempFile::new().unwrap();
+    let layout = Layout::new(&settings(16 * MIB)).unwrap();
+    let free = layout.free_blocks();
+    let inodes = layout.free_inodes();
+    let mut writer = Writer::new(layout, file.reopen().unwrap(), 0).unwrap();
+    let runs = writer.allocate(100).unwrap();
+    writer.release(Run::new(runs[0].start + 3, 10));
+    writer.release(Run::new(runs[0].start + 13, runs[0].length - 13));
+    writer.release(Run::new(runs[0].start, 3));
+    writer.reserve_inode().unwrap();
+    let attributes = model::attributes(0o755);
+    let root = Directory { parent: ino::ROOT, attributes, xattrs: &[], entries: &[] };
+    writer.put_directory(ino::ROOT, &root).unwrap();
+    let summary = writer.finish(model::UUID).unwrap();
+    assert_eq!((summary.free_blocks, summary.free_inodes), (free - 1, inodes));
+    check(file.path());
 }

@@ -1,7 +1,9 @@
 //! Filesystems written by vbd-ext4, held against e2fsck, debugfs, resize2fs, ext4-view and the kernel.
 
 mod content;
+mod grown;
 mod model;
 mod mounted;
+mod settings;
 mod sizes;
 mod tools;

@@ -8,6 +8,7 @@ use std::path::Path;
 use vbd_ext4::format::{Attributes, Extent, FileType, Ino, Timestamp, Xattr, ino};
 use vbd_ext4::write::{Body, Directory, DirectoryEntry, Layout, Node, Settings, Summary, Writer};
 
+/// The grain of data here, whatever the filesystem's blocks are.
 pub(crate) const BLOCK: u64 = 4096;
 pub(crate) const UUID: [u8; 16] = *b"a UUID of a test";
 
@@ -180,10 +181,11 @@ impl Build {
             }
             // What is behind the end of the file is zeros.
             bytes.truncate(usize::try_from((data.size - first * BLOCK).min(bytes.len() as u64)).unwrap());
-            let mut logical = *first;
+            let block_size = u64::from(self.writer.layout().block_size());
+            let mut logical = *first * (BLOCK / block_size);
             let mut from = 0;
-            for run in self.writer.allocate(next - first).unwrap() {
-                let end = bytes.len().min(from + usize::try_from(run.length * BLOCK).unwrap());
+            for run in self.writer.allocate((bytes.len() as u64).div_ceil(block_size)).unwrap() {
+                let end = bytes.len().min(from + usize::try_from(run.length * block_size).unwrap());
                 self.file.write_all_at(&bytes[from..end], self.writer.position(run.start)).unwrap();
                 extents.push(Extent {
                     logical: u32::try_from(logical).unwrap(),

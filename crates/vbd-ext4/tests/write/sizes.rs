@@ -7,6 +7,7 @@ use tempfile::NamedTempFile;
 use vbd_ext4::format::{Attributes, Timestamp, ino};
 use vbd_ext4::write::{Directory, Layout, Settings, Summary, Writer};
 
+use crate::mounted::Mounted;
 use crate::tools::check;
 
 const KIB: u64 = 1 << 10;
@@ -75,4 +76,31 @@ fn other_block_sizes() {
             look(&Settings { block_size, ..settings(size) });
         }
     }
+}
+
+/// In memory: the largest files of other filesystems are smaller.
+fn in_memory() -> NamedTempFile {
+    NamedTempFile::new_in("/dev/shm").unwrap()
+}
+
+#[test]
+fn as_large_as_32_bit_block_numbers_reach() {
+    let file = in_memory();
+    let settings = Settings { inodes: Some(1 << 20), ..settings((16 << 40) - 4096) };
+    let summary = empty(file.path(), &settings);
+    assert_eq!(summary.blocks, u64::from(u32::MAX));
+    check(file.path());
+}
+
+#[test]
+fn larger_than_32_bit_block_numbers_reach() {
+    let file = in_memory();
+    let settings = Settings { inodes: Some(1 << 20), ..settings(20 << 40) };
+    let summary = empty(file.path(), &settings);
+    assert_eq!(summary.blocks, 20 << 28);
+    check(file.path());
+    let mounted = Mounted::new(file.path(), "rw");
+    std::fs::write(mounted.path().join("file"), [1; 100_000]).unwrap();
+    drop(mounted);
+    check(file.path());
 }
