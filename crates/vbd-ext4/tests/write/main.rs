@@ -4,6 +4,7 @@ mod content;
 mod grown;
 mod model;
 mod mounted;
+mod properties;
 mod settings;
 mod sizes;
 mod tools;

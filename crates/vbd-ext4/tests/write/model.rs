@@ -1,6 +1,7 @@
 //! A tree in memory, written through the public face, and compared with what the kernel or ext4-view shows.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -10,6 +11,7 @@ use vbd_ext4::write::{Body, Directory, DirectoryEntry, Layout, Node, Settings, S
 
 /// The grain of data here, whatever the filesystem's blocks are.
 pub(crate) const BLOCK: u64 = 4096;
+const GRAIN: usize = 4096;
 pub(crate) const UUID: [u8; 16] = *b"a UUID of a test";
 
 /// What is in a file: pieces of data in rising order, holes between them.
@@ -34,14 +36,14 @@ impl Data {
         let mut bytes = vec![0; usize::try_from(self.size).unwrap()];
         for (block, byte) in &self.blocks {
             let at = usize::try_from(block * BLOCK).unwrap();
-            let end = bytes.len().min(at + BLOCK as usize);
+            let end = bytes.len().min(at + GRAIN);
             bytes[at..end].fill(*byte);
         }
         bytes
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) enum Kind {
     Directory(BTreeMap<Vec<u8>, Entry>),
     File(Data),
@@ -52,6 +54,27 @@ pub(crate) enum Kind {
     Socket,
     /// Another name of the file with this number in [`Entry::links`] of the first.
     Link(usize),
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kind::Directory(entries) if entries.len() > 50 => {
+                write!(f, "Directory of {} entries", entries.len())
+            }
+            Kind::Directory(entries) => f
+                .debug_map()
+                .entries(entries.iter().map(|(name, entry)| (String::from_utf8_lossy(name), entry)))
+                .finish(),
+            Kind::File(data) => write!(f, "File of {} bytes, {} blocks", data.size, data.blocks.len()),
+            Kind::Symlink(target) => write!(f, "Symlink of {} bytes", target.len()),
+            Kind::Character(major, minor) => write!(f, "Character {major}:{minor}"),
+            Kind::Block(major, minor) => write!(f, "Block {major}:{minor}"),
+            Kind::Fifo => f.write_str("Fifo"),
+            Kind::Socket => f.write_str("Socket"),
+            Kind::Link(number) => write!(f, "Link to {number}"),
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -173,10 +196,10 @@ impl Build {
     fn data(&mut self, data: &Data, extents: &mut Vec<Extent>) {
         let mut blocks = data.blocks.iter().peekable();
         while let Some((first, byte)) = blocks.next() {
-            let mut bytes = vec![*byte; BLOCK as usize];
+            let mut bytes = vec![*byte; GRAIN];
             let mut next = first + 1;
             while let Some((_, byte)) = blocks.next_if(|(block, _)| **block == next) {
-                bytes.extend([*byte; BLOCK as usize]);
+                bytes.extend([*byte; GRAIN]);
                 next += 1;
             }
             // What is behind the end of the file is zeros.
