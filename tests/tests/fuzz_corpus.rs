@@ -9,9 +9,10 @@ use vbd_testing::corpus;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 12] = [
+const TARGETS: [Target; 13] = [
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
+    ("ext4_acl", vbd_ext4::format::acl::fuzz),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),

@@ -6,6 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use vbd_ext4::format::{Attributes, ino};
+use vbd_ext4::write::{Directory, Layout, Settings, Writer};
 use vbd_tests::{Attach, Guest, Machine, Scratch, Server, allocated, run_ok};
 
 const MIB: u64 = 1 << 20;
@@ -190,6 +192,41 @@ fn a_guest_sees_its_disk_grow() -> Result<()> {
     assert_eq!(guest.sh("cat /sys/block/vda/size")?, format!("{size}\n"));
     guest.sh(&Guest::tool("resize2fs /dev/vda"))?;
     guest.sh("dd if=/dev/urandom of=/tools/mnt/file bs=1M count=80 conv=fsync && umount /tools/mnt")?;
+    end(guest, server)?;
+    e2fsck(&file)?;
+    Ok(())
+}
+
+/// A filesystem that vbd wrote grows under a guest that uses it, past what its first descriptors hold.
+#[test]
+fn a_filesystem_of_our_own_grows_in_a_guest() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let file = scratch.sparse("disk", 64 * MIB)?;
+    let settings = Settings { label: b"grows".to_vec(), ..Settings::new(64 * MIB) };
+    let image = fs::File::options().read(true).write(true).open(&file)?;
+    let mut writer = Writer::new(Layout::new(&settings)?, image, 0)?;
+    let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+    let root = Directory { parent: ino::ROOT, attributes, xattrs: &[], entries: &[] };
+    writer.put_directory(ino::ROOT, &root)?;
+    writer.finish([7; 16])?;
+
+    let attach = attach(&scratch, &file);
+    let server = attach.start()?;
+    let mut guest = Machine::new([attach.disk()]).with_tools().boot(&scratch)?;
+    guest.sh("mount -t ext4 /dev/vda /tools/mnt && dd if=/dev/urandom of=/tools/mnt/first bs=1M count=20")?;
+    // One group becomes several, then so many that their descriptors need a second block.
+    for mebibytes in [600, 12_000] {
+        let grown = scratch.vbd(["grow", "disk", &format!("{mebibytes}M")])?;
+        assert!(grown.status.success(), "{}", grown.stderr);
+        let size = mebibytes * MIB / 512;
+        guest.sh(&format!(
+            "for i in $(seq 100); do [ $(cat /sys/block/vda/size) = {size} ] && break; sleep 0.1; done"
+        ))?;
+        guest.sh(&Guest::tool("resize2fs /dev/vda"))?;
+        let blocks = guest.sh("stat -f -c %b /tools/mnt")?.trim().parse::<u64>()?;
+        assert!(blocks > mebibytes * 256 * 9 / 10, "{blocks} blocks of {mebibytes} MiB");
+    }
+    guest.sh("dd if=/dev/urandom of=/tools/mnt/second bs=1M count=100 conv=fsync && umount /tools/mnt")?;
     end(guest, server)?;
     e2fsck(&file)?;
     Ok(())

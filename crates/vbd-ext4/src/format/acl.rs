@@ -79,8 +79,22 @@ pub fn from_disk(value: &[u8]) -> Result<Vec<u8>, AclError> {
     Ok(interface)
 }
 
+/// What a fuzzer calls with any bytes: those that are an ACL on the disk come back as they were.
+#[doc(hidden)]
+pub fn fuzz(bytes: &[u8]) {
+    if let Ok(interface) = from_disk(bytes) {
+        assert_eq!(to_disk(&interface).as_deref(), Ok(bytes));
+    }
+    if let Ok(disk) = to_disk(bytes) {
+        assert_eq!(from_disk(&disk).map(|interface| interface.len()), Ok(bytes.len()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     /// user::rw-, user:1000:r--, group::r--, mask::r--, other::---
@@ -97,6 +111,39 @@ mod tests {
             [1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 4, 0, 0xe8, 3, 0, 0, 4, 0, 4, 0, 0x10, 0, 4, 0, 0x20, 0, 0, 0]
         );
         assert_eq!(from_disk(&disk).unwrap(), INTERFACE);
+    }
+
+    proptest! {
+        /// Whatever comes is refused, or comes back as it was, but for numbers where none belong.
+        #[test]
+        fn any_bytes_are_refused_or_come_back(
+            entries in vec((prop::sample::select(vec![1u16, 2, 4, 8, 0x10, 0x20, 0x40]), any::<u16>(), any::<u32>()), 0..20),
+            cut in 0..3usize,
+        ) {
+            let mut value = vec![2, 0, 0, 0];
+            for (tag, permissions, id) in &entries {
+                value.extend(tag.to_le_bytes());
+                value.extend(permissions.to_le_bytes());
+                value.extend(if matches!(tag, 2 | 8) { *id } else { NO_ID }.to_le_bytes());
+            }
+            value.truncate(value.len() - cut.min(value.len() - 4));
+            let known = entries.iter().all(|(tag, ..)| *tag != 0x40);
+            let whole = cut == 0 || entries.is_empty();
+            match to_disk(&value) {
+                Ok(disk) => {
+                    prop_assert!(known && whole);
+                    prop_assert_eq!(from_disk(&disk).unwrap(), value);
+                }
+                Err(_) => prop_assert!(!known || !whole),
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_answered(value in vec(any::<u8>(), 0..100)) {
+            if let Ok(interface) = from_disk(&value) {
+                prop_assert_eq!(to_disk(&interface).unwrap(), value);
+            }
+        }
     }
 
     #[test]

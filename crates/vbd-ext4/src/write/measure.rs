@@ -4,6 +4,8 @@ use super::directory;
 use super::error::Result;
 use super::layout::Layout;
 use super::run::Run;
+use super::xattrs;
+use crate::format::Xattr;
 use crate::format::extent::{self, MAX_LENGTH, ROOT_ENTRIES};
 
 /// Blocks of a directory with these names (without `.` and `..`) in a filesystem like this, the blocks of its own extent tree
@@ -16,6 +18,12 @@ pub fn directory_blocks<'a>(layout: &Layout, names: impl IntoIterator<Item = &'a
 /// Blocks of an extent tree with so many extents, each of at most 32768 blocks.
 pub fn extent_blocks(layout: &Layout, extents: u64) -> u64 {
     tree_blocks(extents, layout.block_size())
+}
+
+/// Blocks that an entry with these attributes has for them: 0 where they fit into its inode, else 1, which entries with the
+/// same ones may share. Fails where they cannot be kept.
+pub fn xattr_blocks(layout: &Layout, xattrs: &[Xattr]) -> Result<u64> {
+    Ok(u64::from(xattrs::split(xattrs, layout.block_size())?.needs_block()))
 }
 
 /// Extents that runs become.

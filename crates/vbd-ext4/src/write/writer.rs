@@ -164,6 +164,13 @@ impl Writer {
         let mut blocks = 0;
         let kind = match node.body {
             Body::File { size, extents } => {
+                let own = self.layout.first..self.layout.blocks;
+                let inside = |extent: &Extent| {
+                    own.contains(&extent.physical) && extent.physical + u64::from(extent.length) <= own.end
+                };
+                if !extents.iter().all(inside) {
+                    return Err(WriteError::File { size, why: "one lies outside of the filesystem" });
+                }
                 let extents = tree::normalized(extents, size, self.layout.block_size())?;
                 blocks = self.set_extents(ino, &mut inode, &extents)?;
                 inode.set_size(size);

@@ -134,6 +134,11 @@ fn fill(area: &mut [u8], base: usize, attributes: &[Attribute], hashed: bool) ->
 }
 
 impl Split {
+    /// Whether something does not fit into the inode.
+    pub(crate) fn needs_block(&self) -> bool {
+        !self.rest.is_empty()
+    }
+
     /// Puts what goes there into an inode, whole.
     pub(crate) fn put_into(&self, inode: &mut [u8]) {
         if !self.in_inode.is_empty() {

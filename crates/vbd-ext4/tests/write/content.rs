@@ -186,6 +186,8 @@ fn what_cannot_be_is_refused() {
         (9000, vec![extent(0, 2), extent(1, 1)]),
         (9000, vec![extent(0, 0)]),
         (1 << 44, vec![]),
+        (4096, vec![Extent { physical: 0, length: 0, ..extent(0, 1) }]),
+        (8192, vec![Extent { physical: 16 * MIB / BLOCK - 1, ..extent(0, 2) }]),
     ] {
         let body = Body::File { size, extents: &extents };
         assert!(matches!(put(Node { body, ..plain }), WriteError::File { .. }));

@@ -2,6 +2,7 @@
 
 mod content;
 mod grown;
+mod large;
 mod model;
 mod mounted;
 mod properties;
