@@ -195,7 +195,7 @@ fn own_inodes(writer: &mut Writer, uuid: &[u8; 16]) -> Result<Inode> {
         block[..superblock.len()].copy_from_slice(&superblock);
         writer.target.write(extents[0].physical, &block)?;
     }
-    if writer.layout.settings.orphan_file {
+    if writer.layout.has_orphan_file() {
         orphan_file(writer, &attributes)?;
     }
     Ok(journal)
@@ -359,7 +359,7 @@ fn superblock(
         | compat::DIR_INDEX
         | only(has_journal, compat::HAS_JOURNAL)
         | only(layout.resize_block.is_some(), compat::RESIZE_INODE)
-        | only(settings.orphan_file, compat::ORPHAN_FILE))
+        | only(layout.has_orphan_file(), compat::ORPHAN_FILE))
     .into();
     superblock.incompat = (incompat::FILETYPE
         | incompat::EXTENTS
@@ -399,7 +399,7 @@ fn superblock(
         superblock.journal_blocks[15] = journal.size_high;
         superblock.journal_blocks[16] = journal.size_low;
     }
-    if settings.orphan_file {
+    if layout.has_orphan_file() {
         superblock.orphan_file_inum = ORPHAN_FILE.into();
     }
     superblock.min_extra_isize = inode::EXTRA_ISIZE.into();

@@ -85,7 +85,11 @@ impl Layout {
                 places: Vec::new(),
                 resize_block: None,
                 metadata: Vec::new(),
-                journal_blocks: 0,
+                journal_blocks: match settings.journal {
+                    Journal::None => 0,
+                    Journal::Auto => usual_journal(blocks),
+                    Journal::Blocks(blocks) => blocks,
+                },
                 free: 0,
             };
             layout.reserved_descriptors = layout.growth();
@@ -173,9 +177,14 @@ impl Layout {
         &self.settings
     }
 
+    /// Whether there is an orphan file, which is nothing without a journal.
+    pub(crate) fn has_orphan_file(&self) -> bool {
+        self.settings.orphan_file && self.journal_blocks > 0
+    }
+
     /// The first inode number for entries.
     pub(crate) fn first_free_ino(&self) -> Ino {
-        ino::FIRST + 1 + Ino::from(self.settings.orphan_file)
+        ino::FIRST + 1 + Ino::from(self.has_orphan_file())
     }
 
     pub(crate) fn blocks_per_group(&self) -> u32 {
@@ -287,18 +296,13 @@ impl Layout {
         }
     }
 
-    /// Sets the size of the journal, and what stays free after all that the filesystem itself needs.
+    /// Sets what stays free after all that the filesystem itself needs.
     fn count_free(&mut self) -> Result<()> {
         let too_small = WriteError::TooSmall { size: self.settings.size };
-        self.journal_blocks = match self.settings.journal {
-            Journal::None => 0,
-            Journal::Auto => usual_journal(self.blocks),
-            Journal::Blocks(blocks) => blocks,
-        };
         let mut space = Space::new(self);
         let Ok(runs) = space.allocate(u64::from(self.journal_blocks)) else { return Err(too_small) };
         let extents = measure::pieces(&runs);
-        let orphans = if self.settings.orphan_file { ORPHAN_BLOCKS } else { 0 };
+        let orphans = if self.has_orphan_file() { ORPHAN_BLOCKS } else { 0 };
         let own = measure::tree_blocks(extents, self.block_size()) + self.lost_and_found_blocks() + orphans;
         self.free = space.free().checked_sub(own).ok_or(too_small)?;
         if self.inodes() < u64::from(self.first_free_ino()) {

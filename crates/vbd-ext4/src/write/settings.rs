@@ -31,7 +31,7 @@ pub struct Settings {
     /// More of them, as text, at most 63 bytes.
     pub mount_options: Vec<u8>,
     /// Whether orphans go to a file of their own, which scales better; kernels before 5.15 and e2fsprogs before 1.47 do not
-    /// know it and refuse to write.
+    /// know it and refuse to write. There is none without a journal.
     pub orphan_file: bool,
 }
 

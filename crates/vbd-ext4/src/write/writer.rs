@@ -103,11 +103,8 @@ impl Writer {
         let seed = layout.settings.checksums.seed();
         let mut space = Space::new(&layout);
         let journal = tree::extents(&space.allocate(u64::from(layout.journal_blocks))?);
-        let orphans = if layout.settings.orphan_file {
-            space.allocate(super::layout::ORPHAN_BLOCKS)?
-        } else {
-            Vec::new()
-        };
+        let orphans =
+            if layout.has_orphan_file() { space.allocate(super::layout::ORPHAN_BLOCKS)? } else { Vec::new() };
         let lost_and_found = space.allocate(layout.lost_and_found_blocks())?;
         Ok(Writer {
             target: Target::new(file, offset, layout.bytes(), layout.block_size())?,

@@ -8,12 +8,18 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tempfile::NamedTempFile;
-use vbd_ext4::format::{Attributes, Timestamp, Xattr};
-use vbd_ext4::write::Settings;
+use vbd_ext4::format::{Attributes, Extent, FileType, Timestamp, Xattr, ino};
+use vbd_ext4::write::{
+    Body, Checksums, Directory, DirectoryEntry, Journal, Layout, Node, Settings, WriteError, Writer, measure,
+};
 
 use crate::model::{self, BLOCK, Data, Entry, Kind, settings};
 use crate::mounted::{Mounted, compare};
 use crate::tools::check;
+
+fn config(cases: u32) -> Config {
+    Config { cases, max_shrink_iters: 40, failure_persistence: None, ..Config::default() }
+}
 
 fn timestamps() -> impl Strategy<Value = Timestamp> {
     let seconds = prop_oneof![
@@ -174,7 +180,7 @@ fn with_plain_times(root: &Entry) -> Entry {
 
 #[test]
 fn what_goes_in_comes_out() {
-    let mut runner = TestRunner::new(Config { cases: 16, max_shrink_iters: 40, ..Config::default() });
+    let mut runner = TestRunner::new(config(16));
     runner
         .run(&trees(), |root| {
             let file = NamedTempFile::new().unwrap();
@@ -189,13 +195,78 @@ fn what_goes_in_comes_out() {
 
 #[test]
 fn the_same_goes_in_and_the_same_comes_out() {
-    let mut runner = TestRunner::new(Config { cases: 4, max_shrink_iters: 20, ..Config::default() });
+    let mut runner = TestRunner::new(config(4));
     runner
         .run(&trees(), |root| {
             let (one, other) = (NamedTempFile::new().unwrap(), NamedTempFile::new().unwrap());
             model::write(one.path(), &settings(64 << 20), &root);
             model::write(other.path(), &settings(64 << 20), &root);
             prop_assert!(std::fs::read(one.path()).unwrap() == std::fs::read(other.path()).unwrap());
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn any_settings() -> impl Strategy<Value = Settings> {
+    let size = (20..34u32, any::<u64>()).prop_map(|(power, bytes)| (1 << power) + bytes % (1 << power));
+    let journal = prop_oneof![
+        2 => Just(Journal::Auto),
+        1 => Just(Journal::None),
+        1 => (1024..3000u32).prop_map(Journal::Blocks)
+    ];
+    let bytes_per_inode = prop::sample::select(vec![1024, 4096, 16384, 1 << 20]);
+    let block_size = prop::sample::select(vec![1024, 2048, 4096]);
+    (size, block_size, bytes_per_inode, journal, any::<bool>(), any::<u32>()).prop_map(
+        |(size, block_size, bytes_per_inode, journal, orphan_file, seed)| Settings {
+            block_size,
+            bytes_per_inode,
+            journal,
+            orphan_file,
+            checksums: Checksums::Seed(seed),
+            ..settings(size)
+        },
+    )
+}
+
+/// Whatever the settings, a filesystem empty or full to the last block is one that e2fsck likes.
+#[test]
+fn any_settings_make_a_filesystem() {
+    let mut runner = TestRunner::new(config(40));
+    runner
+        .run(&(any_settings(), any::<bool>()), |(settings, full)| {
+            let layout = match Layout::new(&settings) {
+                Ok(layout) => layout,
+                Err(WriteError::TooSmall { .. }) if settings.size < 16 << 20 => return Ok(()),
+                Err(error) => panic!("{error}"),
+            };
+            let file = NamedTempFile::new().unwrap();
+            let mut left = layout.free_blocks();
+            let mut writer = Writer::new(layout, file.reopen().unwrap(), 0).unwrap();
+            let mut entries = Vec::new();
+            let attributes = model::attributes(0o644);
+            if full {
+                // One file of all that is free; what is not written of it reads as zeros.
+                let extents_at_most = left / 8192 + 200;
+                let taken = left - 1 - measure::extent_blocks(writer.layout(), extents_at_most);
+                let mut logical = 0;
+                let mut extents = Vec::new();
+                for run in writer.allocate(taken).unwrap() {
+                    let length = u32::try_from(run.length).unwrap();
+                    extents.push(Extent { logical, physical: run.start, length, unwritten: false });
+                    logical += length;
+                }
+                let size = taken * u64::from(settings.block_size);
+                let ino = writer.reserve_inode().unwrap();
+                let body = Body::File { size, extents: &extents };
+                writer.put(ino, &Node { attributes, xattrs: &[], links: 1, body }).unwrap();
+                entries.push(DirectoryEntry { name: b"full", ino, file_type: FileType::Regular });
+                left = writer.free_blocks();
+            }
+            let root = Directory { parent: ino::ROOT, attributes, xattrs: &[], entries: &entries };
+            writer.put_directory(ino::ROOT, &root).unwrap();
+            let summary = writer.finish(model::UUID).unwrap();
+            prop_assert_eq!(summary.free_blocks, left - 1);
+            check(file.path());
             Ok(())
         })
         .unwrap();
