@@ -7,7 +7,7 @@ use super::layout::{DESCRIPTOR_SIZE, INODE_SIZE, LOG_FLEX, Layout, ORPHAN_BLOCKS
 use super::run::{Run, touching};
 use super::settings::Checksums;
 use super::tree;
-use super::writer::Writer;
+use super::writer::{Journal, Writer};
 use crate::format::group::flags as group_flags;
 use crate::format::superblock::{MAGIC, compat, flags, has_backup, incompat, ro_compat, state};
 use crate::format::{
@@ -182,23 +182,18 @@ fn own_inodes(writer: &mut Writer, uuid: &[u8; 16]) -> Result<Inode> {
         let (inode, blocks) = resize_inode(&writer.layout, block);
         writer.put_inode(ino::RESIZE, inode, FileType::Regular, &attributes, &[], blocks)?;
     }
-    let mut journal = Inode::default();
-    if writer.layout.journal_blocks > 0 {
-        let size = u64::from(writer.layout.journal_blocks) * u64::from(writer.layout.block_size());
-        let extents = tree::normalized(&writer.journal, size, writer.layout.block_size())?;
-        journal.links = 1.into();
-        journal.set_size(size);
-        let blocks = writer.set_extents(ino::JOURNAL, &mut journal, &extents)?;
-        writer.put_inode(ino::JOURNAL, journal, FileType::Regular, &attributes, &[], blocks)?;
+    let journal = writer.journal.clone();
+    if let Some(Journal { inode, blocks, place }) = &journal {
+        writer.put_inode(ino::JOURNAL, *inode, FileType::Regular, &attributes, &[], *blocks)?;
         let superblock = journal_superblock(&writer.layout, uuid);
         let mut block = vec![0; writer.layout.block_size() as usize];
         block[..superblock.len()].copy_from_slice(&superblock);
-        writer.target.write(extents[0].physical, &block)?;
+        writer.target.write(*place, &block)?;
     }
     if writer.layout.has_orphan_file() {
         orphan_file(writer, &attributes)?;
     }
-    Ok(journal)
+    Ok(journal.map_or_else(Inode::default, |journal| journal.inode))
 }
 
 /// Writes an orphan file without orphans.

@@ -79,6 +79,14 @@ pub struct Directory<'a> {
     pub entries: &'a [DirectoryEntry<'a>],
 }
 
+/// The journal's inode, its blocks with those of its tree, and where its first one is.
+#[derive(Debug, Clone)]
+pub(crate) struct Journal {
+    pub(crate) inode: Inode,
+    pub(crate) blocks: u64,
+    pub(crate) place: Block,
+}
+
 /// Writes a filesystem.
 #[derive(Debug)]
 pub struct Writer {
@@ -88,7 +96,7 @@ pub struct Writer {
     pub(crate) target: Target,
     pub(crate) inodes: Inodes,
     pub(crate) blocks_of_xattrs: xattrs::Blocks,
-    pub(crate) journal: Vec<Extent>,
+    pub(crate) journal: Option<Journal>,
     pub(crate) orphans: Vec<Extent>,
     /// A directory has a tree of three levels (large_dir).
     pub(crate) large_directories: bool,
@@ -102,11 +110,11 @@ impl Writer {
     pub fn new(layout: Layout, file: File, offset: u64) -> Result<Writer> {
         let seed = layout.settings.checksums.seed();
         let mut space = Space::new(&layout);
-        let journal = tree::extents(&space.allocate(u64::from(layout.journal_blocks))?);
+        let journal = space.allocate(u64::from(layout.journal_blocks))?;
         let orphans =
             if layout.has_orphan_file() { space.allocate(super::layout::ORPHAN_BLOCKS)? } else { Vec::new() };
         let lost_and_found = space.allocate(layout.lost_and_found_blocks())?;
-        Ok(Writer {
+        let mut writer = Writer {
             target: Target::new(file, offset, layout.bytes(), layout.block_size())?,
             inodes: Inodes::new(&layout, seed),
             blocks_of_xattrs: xattrs::Blocks::new(seed, layout.block_size()),
@@ -116,9 +124,24 @@ impl Writer {
             layout,
             seed,
             space,
-            journal,
+            journal: None,
             lost_and_found,
-        })
+        };
+        writer.begin_journal(&journal)?;
+        Ok(writer)
+    }
+
+    /// Makes the journal's inode at once: its tree takes blocks that nobody else is to count on.
+    fn begin_journal(&mut self, runs: &[Run]) -> Result<()> {
+        if let Some(first) = runs.first() {
+            let size = u64::from(self.layout.journal_blocks) * u64::from(self.layout.block_size());
+            let mut inode = Inode { links: 1.into(), ..Inode::default() };
+            inode.set_size(size);
+            let extents = tree::normalized(&tree::extents(runs), size, self.layout.block_size())?;
+            let blocks = self.set_extents(ino::JOURNAL, &mut inode, &extents)?;
+            self.journal = Some(Journal { inode, blocks, place: first.start });
+        }
+        Ok(())
     }
 
     /// Where everything is.
