@@ -56,6 +56,11 @@ pub enum WriteError {
     /// Two entries of a directory with one name.
     #[error("the name {0:?} comes twice in one directory")]
     Twice(String),
+    /// The root has an entry `lost+found` that is no directory.
+    #[error(
+        "lost+found in the root is no directory: e2fsck needs that name; rename the entry or leave it out"
+    )]
+    LostAndFound,
     /// A directory with more entries than its tree of hashes can reach.
     #[error("{0} entries are too many for one directory")]
     DirectorySize(usize),

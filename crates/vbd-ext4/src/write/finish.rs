@@ -10,9 +10,7 @@ use super::tree;
 use super::writer::{Journal, Writer};
 use crate::format::group::flags as group_flags;
 use crate::format::superblock::{MAGIC, compat, flags, has_backup, incompat, ro_compat, state};
-use crate::format::{
-    Attributes, Block, FileType, GroupDescriptor, Inode, Superblock, Timestamp, ino, inode, journal, orphan,
-};
+use crate::format::{Block, FileType, GroupDescriptor, Inode, Superblock, ino, inode, journal, orphan};
 
 /// What a finished filesystem is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,8 +162,6 @@ fn set(block: &mut [u8], from: u64, count: u64, value: bool) {
 
 /// Writes the inodes that the filesystem has for itself; gives the journal's.
 fn own_inodes(writer: &mut Writer, uuid: &[u8; 16]) -> Result<Inode> {
-    let time = writer.layout.settings.time;
-    let attributes = own_attributes(time);
     // Reserved numbers are in use whether they have an inode or not.
     for reserved in ino::BAD_BLOCKS..ino::FIRST {
         let has_inode = match reserved {
@@ -180,24 +176,26 @@ fn own_inodes(writer: &mut Writer, uuid: &[u8; 16]) -> Result<Inode> {
     }
     if let Some(block) = writer.layout.resize_block {
         let (inode, blocks) = resize_inode(&writer.layout, block);
-        writer.put_inode(ino::RESIZE, inode, FileType::Regular, &attributes, &[], blocks)?;
+        let prepared = writer.own(ino::RESIZE, 0o600)?;
+        writer.put_inode(ino::RESIZE, inode, FileType::Regular, prepared, blocks)?;
     }
     let journal = writer.journal.clone();
     if let Some(Journal { inode, blocks, place }) = &journal {
-        writer.put_inode(ino::JOURNAL, *inode, FileType::Regular, &attributes, &[], *blocks)?;
+        let prepared = writer.own(ino::JOURNAL, 0o600)?;
+        writer.put_inode(ino::JOURNAL, *inode, FileType::Regular, prepared, *blocks)?;
         let superblock = journal_superblock(&writer.layout, uuid);
         let mut block = vec![0; writer.layout.block_size() as usize];
         block[..superblock.len()].copy_from_slice(&superblock);
         writer.target.write(*place, &block)?;
     }
     if writer.layout.has_orphan_file() {
-        orphan_file(writer, &attributes)?;
+        orphan_file(writer)?;
     }
     Ok(journal.map_or_else(Inode::default, |journal| journal.inode))
 }
 
 /// Writes an orphan file without orphans.
-fn orphan_file(writer: &mut Writer, attributes: &Attributes) -> Result<()> {
+fn orphan_file(writer: &mut Writer) -> Result<()> {
     let size = ORPHAN_BLOCKS * u64::from(writer.layout.block_size());
     let extents = tree::normalized(&writer.orphans, size, writer.layout.block_size())?;
     let begin = writer.seed.of_inode(ORPHAN_FILE, 0);
@@ -210,11 +208,8 @@ fn orphan_file(writer: &mut Writer, attributes: &Attributes) -> Result<()> {
     let mut inode = Inode { links: 1.into(), ..Inode::default() };
     inode.set_size(size);
     let blocks = writer.set_extents(ORPHAN_FILE, &mut inode, &extents)?;
-    writer.put_inode(ORPHAN_FILE, inode, FileType::Regular, attributes, &[], blocks)
-}
-
-fn own_attributes(time: Timestamp) -> Attributes {
-    Attributes { mode: 0o600, atime: time, ctime: time, mtime: time, crtime: time, ..Attributes::default() }
+    let prepared = writer.own(ORPHAN_FILE, 0o600)?;
+    writer.put_inode(ORPHAN_FILE, inode, FileType::Regular, prepared, blocks)
 }
 
 /// The journal's superblock ("Journal (jbd2)", "Super Block"): an empty log.

@@ -69,14 +69,20 @@ impl Inodes {
         self.used.get(word).is_some_and(|used| used & bit != 0)
     }
 
-    /// Says that a number is in use, without an inode of its own (those that are reserved are all zeros).
-    pub(crate) fn mark(&mut self, ino: Ino, directory: bool) -> Result<()> {
+    /// Fails unless a number is reserved and not in use.
+    pub(crate) fn is_to_come(&self, ino: Ino) -> Result<()> {
         if ino == 0 || ino >= self.next {
             return Err(WriteError::Inode { ino, why: "was not reserved" });
         }
         if self.is_used(ino) {
             return Err(WriteError::Inode { ino, why: "was written before" });
         }
+        Ok(())
+    }
+
+    /// Says that a number is in use, without an inode of its own (those that are reserved are all zeros).
+    pub(crate) fn mark(&mut self, ino: Ino, directory: bool) -> Result<()> {
+        self.is_to_come(ino)?;
         let (word, bit) = place(ino);
         if self.used.len() <= word {
             self.used.resize(word + 1, 0);

@@ -87,6 +87,12 @@ pub(crate) struct Journal {
     pub(crate) place: Block,
 }
 
+/// Of an inode what was found good.
+pub(crate) struct Prepared {
+    attributes: Attributes,
+    xattrs: xattrs::Split,
+}
+
 /// Writes a filesystem.
 #[derive(Debug)]
 pub struct Writer {
@@ -175,10 +181,14 @@ impl Writer {
     }
 
     /// Writes an inode that is no directory. Memory is least when numbers come roughly in rising order.
+    ///
+    /// # Errors
+    /// What is refused leaves nothing behind; after [`WriteError::NoBlocks`] and [`WriteError::Io`] the filesystem is of no use.
     pub fn put(&mut self, ino: Ino, node: &Node<'_>) -> Result<()> {
         if node.links == 0 || node.links > MAX_LINKS {
             return Err(WriteError::Links(node.links));
         }
+        let prepared = self.prepare(ino, &node.attributes, node.xattrs)?;
         let links = u16::try_from(node.links).expect("looked at above");
         let mut inode = Inode { links: links.into(), ..Inode::default() };
         let mut blocks = 0;
@@ -214,31 +224,40 @@ impl Writer {
             Body::Fifo => FileType::Fifo,
             Body::Socket => FileType::Socket,
         };
-        self.put_inode(ino, inode, kind, &node.attributes, node.xattrs, blocks)
+        self.put_inode(ino, inode, kind, prepared, blocks)
     }
 
     /// Writes a directory. The root gets `lost+found` on top, unless an entry has that name.
+    ///
+    /// # Errors
+    /// As with [`Writer::put`].
     pub fn put_directory(&mut self, ino: Ino, directory: &Directory<'_>) -> Result<()> {
+        let prepared = self.prepare(ino, &directory.attributes, directory.xattrs)?;
         let mut all;
         let mut entries = directory.entries;
-        if ino == ino::ROOT {
-            if entries.iter().any(|entry| entry.name == LOST_AND_FOUND) {
-                for run in std::mem::take(&mut self.lost_and_found) {
-                    self.space.release(run);
-                }
-            } else {
-                self.put_lost_and_found()?;
-                all = entries.to_vec();
-                all.push(DirectoryEntry {
-                    name: LOST_AND_FOUND,
-                    ino: ino::FIRST,
-                    file_type: FileType::Directory,
-                });
-                entries = &all;
-            }
+        let own = entries.iter().find(|entry| ino == ino::ROOT && entry.name == LOST_AND_FOUND);
+        if own.is_some_and(|entry| entry.file_type != FileType::Directory) {
+            return Err(WriteError::LostAndFound);
+        }
+        if ino == ino::ROOT && own.is_none() {
+            all = entries.to_vec();
+            all.push(DirectoryEntry {
+                name: LOST_AND_FOUND,
+                ino: ino::FIRST,
+                file_type: FileType::Directory,
+            });
+            entries = &all;
         }
         let names: Vec<&[u8]> = entries.iter().map(|entry| entry.name).collect();
         let plan = self.form.plan(&names)?;
+        if own.is_some() {
+            for run in std::mem::take(&mut self.lost_and_found) {
+                self.space.release(run);
+            }
+        } else if ino == ino::ROOT {
+            self.put_lost_and_found()?;
+        }
+
         let runs = self.space.allocate(plan.blocks())?;
         let mut inode = Inode::default();
         if plan.is_hashed() {
@@ -250,9 +269,8 @@ impl Writer {
         plan.write(&self.form, ino, directory.parent, entries, self.seed.of_inode(ino, 0), |bytes| {
             target.write(places.next().expect("as many as the plan has"), bytes)
         })?;
-        let size = plan.blocks() * u64::from(self.layout.block_size());
         let children = entries.iter().filter(|entry| entry.file_type == FileType::Directory).count();
-        self.put_directory_inode(ino, inode, &runs, size, children, &directory.attributes, directory.xattrs)
+        self.put_directory_inode(ino, inode, &runs, children, prepared)
     }
 
     /// Writes all that is left, with this UUID.
@@ -260,25 +278,23 @@ impl Writer {
         finish::finish(self, uuid)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of one inode")]
     fn put_directory_inode(
         &mut self,
         ino: Ino,
         mut inode: Inode,
         runs: &[Run],
-        size: u64,
         children: usize,
-        attributes: &Attributes,
-        xattrs: &[Xattr],
+        prepared: Prepared,
     ) -> Result<()> {
-        let extents = tree::normalized(&tree::extents(runs), size, self.layout.block_size())?;
+        let block_size = self.layout.block_size();
+        let size = runs.iter().map(|run| run.length).sum::<u64>() * u64::from(block_size);
+        let extents = tree::normalized(&tree::extents(runs), size, block_size)?;
         let blocks = self.set_extents(ino, &mut inode, &extents)?;
         inode.set_size(size);
         // Each child's `..`, its own `.` and its name; more than can be counted is 1 (dir_nlink).
-        let links =
-            u16::try_from(children + 2).ok().filter(|links| u32::from(*links) < MAX_LINKS).unwrap_or(1);
-        inode.links = links.into();
-        self.put_inode(ino, inode, FileType::Directory, attributes, xattrs, blocks)
+        let links = u16::try_from(children + 2).ok().filter(|links| u32::from(*links) < MAX_LINKS);
+        inode.links = links.unwrap_or(1).into();
+        self.put_inode(ino, inode, FileType::Directory, prepared, blocks)
     }
 
     fn put_lost_and_found(&mut self) -> Result<()> {
@@ -294,17 +310,8 @@ impl Writer {
             filling.finish(begin);
             self.target.write(place, &block)?;
         }
-        let size = self.layout.lost_and_found_blocks() * u64::from(self.layout.block_size());
-        let time = self.layout.settings.time;
-        let attributes = Attributes {
-            mode: 0o700,
-            atime: time,
-            ctime: time,
-            mtime: time,
-            crtime: time,
-            ..Attributes::default()
-        };
-        self.put_directory_inode(ino::FIRST, Inode::default(), &runs, size, 0, &attributes, &[])
+        let prepared = self.own(ino::FIRST, 0o700)?;
+        self.put_directory_inode(ino::FIRST, Inode::default(), &runs, 0, prepared)
     }
 
     fn set_symlink(&mut self, ino: Ino, inode: &mut Inode, target: &[u8]) -> Result<u64> {
@@ -335,16 +342,9 @@ impl Writer {
         Ok(blocks + extents.iter().map(|extent| u64::from(extent.length)).sum::<u64>())
     }
 
-    /// Puts an inode into its table; `blocks` are those of its content and tree.
-    pub(crate) fn put_inode(
-        &mut self,
-        ino: Ino,
-        mut inode: Inode,
-        kind: FileType,
-        attributes: &Attributes,
-        xattrs: &[Xattr],
-        blocks: u64,
-    ) -> Result<()> {
+    /// Looks at all of an inode that can be refused, before anything is taken for it.
+    fn prepare(&self, ino: Ino, attributes: &Attributes, xattrs: &[Xattr]) -> Result<Prepared> {
+        self.inodes.is_to_come(ino)?;
         if attributes.mode & !0o7777 != 0 {
             return Err(WriteError::Mode(attributes.mode));
         }
@@ -352,19 +352,33 @@ impl Writer {
         if let Some(bad) = [atime, ctime, mtime, crtime].iter().find(|time| !time.fits()) {
             return Err(WriteError::Time(bad.seconds));
         }
+        Ok(Prepared { attributes: *attributes, xattrs: xattrs::split(xattrs, self.layout.block_size())? })
+    }
+
+    /// An inode of the filesystem's own: root's, made when the filesystem was.
+    pub(crate) fn own(&self, ino: Ino, mode: u16) -> Result<Prepared> {
+        let time = self.layout.settings.time;
+        let attributes =
+            Attributes { mode, uid: 0, gid: 0, atime: time, ctime: time, mtime: time, crtime: time };
+        self.prepare(ino, &attributes, &[])
+    }
+
+    /// Puts an inode into its table; `blocks` are those of its content and tree.
+    pub(crate) fn put_inode(
+        &mut self,
+        ino: Ino,
+        mut inode: Inode,
+        kind: FileType,
+        prepared: Prepared,
+        blocks: u64,
+    ) -> Result<()> {
         inode.mode = kind.mode().into();
-        inode.set_attributes(attributes);
+        inode.set_attributes(&prepared.attributes);
         let mut bytes = [0; INODE_SIZE as usize];
-        let mut blocks = blocks;
-        if !xattrs.is_empty() {
-            let split = xattrs::split(xattrs, self.layout.block_size())?;
-            split.put_into(&mut bytes);
-            if let Some(place) = self.blocks_of_xattrs.place(split, &mut self.space, &mut self.target)? {
-                inode.set_xattr_block(place);
-                blocks += 1;
-            }
-        }
-        inode.set_blocks(blocks, self.layout.block_size());
+        prepared.xattrs.put_into(&mut bytes);
+        let place = self.blocks_of_xattrs.place(prepared.xattrs, &mut self.space, &mut self.target)?;
+        inode.set_xattr_block(place.unwrap_or(0));
+        inode.set_blocks(blocks + u64::from(place.is_some()), self.layout.block_size());
         bytes[..size_of::<Inode>()].copy_from_slice(inode.as_bytes());
         self.inodes.put(ino, bytes, kind == FileType::Directory, &self.layout, &mut self.target)
     }

@@ -141,6 +141,36 @@ fn lost_and_found_of_a_source_is_kept() {
     compare(mounted.path(), &root, true);
 }
 
+/// What is refused takes neither blocks nor a number, and the filesystem is good without it.
+#[test]
+fn what_is_refused_leaves_nothing_behind() {
+    let file = NamedTempFile::new().unwrap();
+    let layout = Layout::new(&settings(16 * MIB)).unwrap();
+    let free = layout.free_blocks();
+    let mut writer = Writer::new(layout, file.reopen().unwrap(), 0).unwrap();
+    let ino = writer.reserve_inode().unwrap();
+    let bad = [(b"no.such.kind".to_vec(), vec![1])];
+    let attributes = attributes(0o755);
+    let names: Vec<String> = (0..1000).map(|number| format!("{number}")).collect();
+    let entry = |name: &'static [u8], file_type| DirectoryEntry { name, ino, file_type };
+    let entries: Vec<DirectoryEntry<'_>> = names
+        .iter()
+        .map(|name| DirectoryEntry { name: name.as_bytes(), ino, file_type: FileType::Fifo })
+        .collect();
+    let body = Body::Symlink(&[b'l'; 1000]);
+    assert!(writer.put(ino, &Node { attributes, xattrs: &bad, links: 1, body }).is_err());
+    let directory = Directory { parent: ino::ROOT, attributes, xattrs: &bad, entries: &entries };
+    assert!(writer.put_directory(ino, &directory).is_err());
+    let root = |entries| Directory { parent: ino::ROOT, attributes, xattrs: &[], entries };
+    let fifo = [entry(b"lost+found", FileType::Fifo)];
+    assert!(matches!(writer.put_directory(ino::ROOT, &root(&fifo)), Err(WriteError::LostAndFound)));
+    let twice = [entry(b"a", FileType::Fifo), entry(b"a", FileType::Fifo)];
+    assert!(matches!(writer.put_directory(ino::ROOT, &root(&twice)), Err(WriteError::Twice(_))));
+    put_root(&mut writer, &[]);
+    assert_eq!(writer.finish(model::UUID).unwrap().free_blocks, free - 1);
+    check(file.path());
+}
+
 #[test]
 fn a_full_disk_is_named() {
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
