@@ -1,7 +1,7 @@
 //! ext4 in a plain file, without mounting it.
 //!
 //! - [`mod@format`]: what is on the disk, as structures, with its checksums and hashes. Everything else here is built on it.
-//! - [`write`]: a new filesystem, written in one pass.
+//! - [`mod@write`]: a new filesystem, written in one pass.
 //!
 //! The specification is the kernel's documentation, `filesystems/ext4`; sections are named by their titles.
 
