@@ -15,6 +15,7 @@ const TARGETS: [Target; 13] = [
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
+    ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),

@@ -51,7 +51,7 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 19] = [
+const NEEDS: [Need; 23] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
     need(Sign::Program("fakeroot"), "fakeroot", "owners in an image without being root"),
@@ -68,6 +68,10 @@ const NEEDS: [Need; 19] = [
     need(Sign::Program("setcap"), "libcap2-bin", "files with capabilities, to copy"),
     need(Sign::Program("setfacl"), "acl", "files with access lists, to copy"),
     need(Sign::Program("setfattr"), "attr", "files with extended attributes, to copy"),
+    need(Sign::Program("sfdisk"), "fdisk", "partition tables, to compare with"),
+    need(Sign::Program("sgdisk"), "gdisk", "partition tables, to compare with"),
+    need(Sign::Program("fsck.vfat"), "dosfstools", "checking FAT"),
+    need(Sign::Program("mcopy"), "mtools", "reading FAT"),
     need(Sign::Program("debootstrap"), "debootstrap", "the domain 0 of the machine with Xen"),
     need(Sign::Program("cpio"), "cpio", "the first filesystems of domains"),
     need(Sign::Program("strip"), "binutils", "a command that is quick to load there"),

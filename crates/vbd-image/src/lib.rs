@@ -7,6 +7,10 @@ pub mod info;
 pub mod lease;
 pub mod map;
 pub mod open;
+pub mod partition;
 pub mod probe;
 pub mod raw;
+mod read_at;
 pub mod size;
+
+pub use read_at::ReadAt;

@@ -64,15 +64,6 @@ impl<'a> Head<'a> {
     pub(super) fn uuid(self, offset: usize) -> Option<String> {
         self.array::<16>(offset).and_then(uuid)
     }
-
-    /// A GUID in Microsoft's order, where the first three groups are little-endian.
-    pub(super) fn guid(self, offset: usize) -> Option<String> {
-        let mut bytes = self.array::<16>(offset)?;
-        bytes[..4].reverse();
-        bytes[4..6].reverse();
-        bytes[6..8].reverse();
-        uuid(bytes)
-    }
 }
 
 fn uuid(bytes: [u8; 16]) -> Option<String> {
@@ -85,7 +76,7 @@ fn uuid(bytes: [u8; 16]) -> Option<String> {
 }
 
 /// The text without blanks around it and with what could steer a terminal shown as a question mark.
-fn plain(text: &str) -> Option<String> {
+pub(super) fn plain(text: &str) -> Option<String> {
     let text = text.trim_matches(' ');
     (!text.is_empty()).then(|| text.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
 }

@@ -11,11 +11,12 @@ mod table;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 
 pub use table::{Partition, Table, TableKind};
+
+use crate::read_at::ReadAt;
 
 use head::Head;
 
@@ -72,36 +73,6 @@ impl Filesystem {
     }
 }
 
-/// Something that can be read at an offset.
-trait Source {
-    /// Fill the buffer from the offset on; fewer bytes at the end only.
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
-}
-
-impl Source for File {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut done = 0;
-        while done < buffer.len() {
-            match self.read_at(&mut buffer[done..], offset.saturating_add(done as u64)) {
-                Ok(0) => break,
-                Ok(read) => done += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
-    }
-}
-
-impl Source for [u8] {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let rest = usize::try_from(offset).ok().and_then(|offset| self.get(offset..)).unwrap_or_default();
-        let length = rest.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&rest[..length]);
-        Ok(length)
-    }
-}
-
 /// Look into a disk of `size` bytes that `file` is open on for reading. Errors: those of reading.
 pub fn contents(file: &File, size: u64) -> io::Result<Contents> {
     look(file, size)
@@ -112,14 +83,13 @@ pub fn filesystem_bytes(bytes: &[u8]) -> Contents {
     look(bytes, bytes.len() as u64).unwrap_or_default()
 }
 
-fn look<S: Source + ?Sized>(source: &S, size: u64) -> io::Result<Contents> {
+fn look<S: ReadAt + ?Sized>(source: &S, size: u64) -> io::Result<Contents> {
     let mut buffer = vec![0; HEAD];
     let filesystem = filesystem_at(source, 0, size, &mut buffer)?;
-    let length = source.read(0, &mut buffer)?;
     // The boot sector of these looks like one with a table.
     let boot_sector =
         filesystem.as_ref().is_some_and(|found| ["vfat", "ntfs", "exfat"].contains(&found.kind));
-    let table = if boot_sector { None } else { table::find(source, Head(&buffer[..length]), size)? };
+    let table = if boot_sector { None } else { table::find(source, size)? };
     let mut contents = Contents { filesystem, table };
     for partition in contents.table.iter_mut().flat_map(|table| &mut table.partitions) {
         partition.filesystem = filesystem_at(source, partition.start, partition.size, &mut buffer)?;
@@ -128,14 +98,14 @@ fn look<S: Source + ?Sized>(source: &S, size: u64) -> io::Result<Contents> {
 }
 
 /// The filesystem in a range of the disk. `buffer` is scratch space of [`HEAD`] bytes.
-fn filesystem_at<S: Source + ?Sized>(
+fn filesystem_at<S: ReadAt + ?Sized>(
     source: &S,
     offset: u64,
     size: u64,
     buffer: &mut [u8],
 ) -> io::Result<Option<Filesystem>> {
     let length = usize::try_from(size).unwrap_or(HEAD).min(HEAD);
-    let length = source.read(offset, &mut buffer[..length])?;
+    let length = source.fill_at(offset, &mut buffer[..length])?;
     let head = Head(&buffer[..length]);
     Ok(ext::find(head).or_else(|| filesystems::find(head)).map(|found| found.within(size)))
 }

@@ -64,6 +64,9 @@ fn text(info: &Info) -> Result<String, std::fmt::Error> {
     }
     if let Some(table) = &info.contents.table {
         line("partitions", summary(table))?;
+        for problem in &table.problems {
+            line("", format!("the table {problem}"))?;
+        }
         for partition in &table.partitions {
             let mut text =
                 format!("{}: {} at {}, ", partition.number, Human(partition.size), partition.start);
@@ -127,8 +130,7 @@ fn summary(table: &Table) -> String {
         TableKind::Gpt => "GPT",
     };
     let uuid = table.uuid.as_ref().map_or(String::new(), |uuid| format!(", UUID {uuid}"));
-    let damage = if table.valid { "" } else { ", checksums wrong: damaged" };
-    format!("{kind}{uuid}{damage}")
+    format!("{kind}{uuid}")
 }
 
 fn direct(direct: DirectIo) -> String {
