@@ -4,7 +4,7 @@ use super::{Attributes, Kind, Root, exists, put, systemd, text};
 use crate::{Error, Result};
 
 /// RFC 1123 names, 64 bytes as Linux has them.
-pub(super) fn check_hostname(name: &str) -> Result<()> {
+pub(crate) fn check_hostname(name: &str) -> Result<()> {
     let label = |label: &str| {
         !label.is_empty()
             && label.len() <= 63

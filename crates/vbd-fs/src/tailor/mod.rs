@@ -13,6 +13,7 @@ mod types;
 
 use crate::{Error, Filesystem, Meta, Result};
 
+pub(crate) use identity::check_hostname;
 pub(crate) use root::TreeRoot;
 pub use root::{Attributes, Kind, Root};
 pub use types::{CopyIn, Mount, Network, Tailor, Text, User};

@@ -11,6 +11,7 @@ mod info;
 mod list;
 mod man;
 mod map;
+mod seed;
 mod serving;
 mod stat;
 mod up;
@@ -22,6 +23,7 @@ pub(crate) enum Verb {
     Build(Box<build::Args>),
     #[command(name = "__build-stage", hide = true)]
     BuildStage,
+    Seed(seed::Args),
     Info(info::Args),
     Map(map::Args),
     Attach(Box<attach::Args>),
@@ -41,6 +43,7 @@ impl Verb {
             Verb::Create(args) => create::run(args),
             Verb::Build(args) => build::run(*args),
             Verb::BuildStage => Ok(vbd_fs::serve_stage()?),
+            Verb::Seed(args) => seed::run(args),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
             Verb::Attach(args) => attach::run(*args),
