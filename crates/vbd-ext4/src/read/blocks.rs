@@ -1,0 +1,231 @@
+//! Blocks of the filesystem: from the source, or from the journal where that has a newer one.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Error, Place, Result, Source};
+use crate::format::{Block, journal};
+
+/// Bytes of metadata that are kept, twice at most.
+const CACHE: usize = 1 << 20;
+
+/// A block that is in the journal.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Logged {
+    /// Where its newest contents are on the disk.
+    pub(super) at: Block,
+    /// Which block of the journal that is, for messages.
+    pub(super) log_block: u32,
+    /// Whether the journal's number was taken off its beginning.
+    pub(super) escaped: bool,
+    /// What its checksum has to be.
+    pub(super) sum: Option<LoggedSum>,
+}
+
+/// The checksum of a block in the journal.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LoggedSum {
+    pub(super) seed: u32,
+    pub(super) sequence: u32,
+    pub(super) sum: u32,
+    /// The bits of it that are kept: all, or the lower half.
+    pub(super) mask: u32,
+}
+
+/// Where the blocks are.
+pub(super) struct Blocks {
+    source: Box<dyn Source>,
+    size: u32,
+    count: Block,
+    logged: BTreeMap<Block, Logged>,
+    cache: Mutex<Cache>,
+}
+
+/// Two generations: when the younger one is full it becomes the older one, and what is asked for again comes back.
+#[derive(Default)]
+struct Cache {
+    young: HashMap<Block, Arc<[u8]>>,
+    old: HashMap<Block, Arc<[u8]>>,
+}
+
+impl Cache {
+    fn get(&mut self, block: Block, room: usize) -> Option<Arc<[u8]>> {
+        if let Some(found) = self.young.get(&block) {
+            return Some(found.clone());
+        }
+        let found = self.old.remove(&block)?;
+        self.put(block, found.clone(), room);
+        Some(found)
+    }
+
+    fn put(&mut self, block: Block, bytes: Arc<[u8]>, room: usize) {
+        if self.young.len() >= room {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(block, bytes);
+    }
+}
+
+impl Blocks {
+    /// Blocks of `size` bytes; those from `count` on do not exist.
+    pub(super) fn new(source: Box<dyn Source>, size: u32, count: Block) -> Blocks {
+        Blocks { source, size, count, logged: BTreeMap::new(), cache: Mutex::default() }
+    }
+
+    /// What the journal has is newer from now on.
+    pub(super) fn set_logged(&mut self, logged: BTreeMap<Block, Logged>) {
+        self.logged = logged;
+        self.cache = Mutex::default();
+    }
+
+    pub(super) fn source(&self) -> &dyn Source {
+        &*self.source
+    }
+
+    /// What it was made of.
+    pub(super) fn into_parts(self) -> (Box<dyn Source>, BTreeMap<Block, Logged>) {
+        (self.source, self.logged)
+    }
+
+    /// Bytes of a block.
+    pub(super) fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// The same, to count bytes in memory with.
+    pub(super) fn bytes(&self) -> usize {
+        self.size as usize
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> Block {
+        self.count
+    }
+
+    /// Whether these blocks exist and can hold something: the first one has the superblock or comes before it.
+    pub(super) fn exist(&self, first: Block, count: u64) -> bool {
+        first > 0 && first.checked_add(count).is_some_and(|end| end <= self.count)
+    }
+
+    /// A block of metadata, on behalf of `place`.
+    pub(super) fn metadata(&self, block: Block, place: Place) -> Result<Arc<[u8]>> {
+        if block >= self.count {
+            return Err(Error::corrupt(place, format!("is said to be in block {block}, of {}", self.count)));
+        }
+        let room = (CACHE / self.bytes()).max(16);
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = cache.get(block, room) {
+            return Ok(found);
+        }
+        drop(cache);
+        let mut bytes = vec![0; self.bytes()];
+        self.read(block * u64::from(self.size), &mut bytes)?;
+        let bytes: Arc<[u8]> = bytes.into();
+        cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.put(block, bytes.clone(), room);
+        Ok(bytes)
+    }
+
+    /// Bytes at a place of the filesystem, newer ones from the journal included.
+    pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let size = u64::from(self.size);
+        let (mut at, mut rest) = (offset, buffer);
+        while !rest.is_empty() {
+            let block = at / size;
+            let last = (at + rest.len() as u64 - 1) / size;
+            let next = self.logged.range(block..=last).next().map(|(block, logged)| (*block, *logged));
+            match next {
+                Some((found, logged)) if found == block => {
+                    let bytes = self.logged_block(&logged)?;
+                    // Below a block's size, so it fits.
+                    let from = usize::try_from(at % size).unwrap_or(0);
+                    let length = (bytes.len() - from).min(rest.len());
+                    let (now, after) = rest.split_at_mut(length);
+                    now.copy_from_slice(&bytes[from..from + length]);
+                    (at, rest) = (at + length as u64, after);
+                }
+                Some((found, _)) => {
+                    let length = usize::try_from(found * size - at).unwrap_or(usize::MAX).min(rest.len());
+                    let (now, after) = rest.split_at_mut(length);
+                    self.raw(at, now)?;
+                    (at, rest) = (at + length as u64, after);
+                }
+                None => {
+                    self.raw(at, rest)?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The contents of a block that is in the journal.
+    fn logged_block(&self, logged: &Logged) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.bytes()];
+        self.raw(logged.at * u64::from(self.size), &mut bytes)?;
+        if let Some(LoggedSum { seed, sequence, sum, mask }) = logged.sum
+            && (journal::data_sum(seed, sequence, &bytes) ^ sum) & mask != 0
+        {
+            return Err(Error::Checksum(Place::JournalBlock(logged.log_block)));
+        }
+        if logged.escaped {
+            bytes[..4].copy_from_slice(&journal::MAGIC.to_be_bytes());
+        }
+        Ok(bytes)
+    }
+
+    /// Bytes as the source has them.
+    pub(super) fn raw(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let length = buffer.len();
+        self.source.read_exact_at(buffer, offset).map_err(|error| Error::Io { offset, length, error })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source::Padded;
+    use super::*;
+
+    #[test]
+    fn what_is_in_the_journal_is_newer() {
+        let mut bytes = vec![1; 8 * 1024];
+        bytes[6 * 1024..7 * 1024].fill(6);
+        let mut blocks = Blocks::new(Box::new(Padded::new(bytes, 0)), 1024, 8);
+        let logged = Logged { at: 6, log_block: 1, escaped: true, sum: None };
+        let read = |blocks: &Blocks| {
+            let mut buffer = vec![0; 3000];
+            blocks.read(1000, &mut buffer).unwrap();
+            buffer
+        };
+        assert_eq!(read(&blocks), vec![1; 3000]);
+        assert_eq!(blocks.metadata(2, Place::Journal).unwrap()[0], 1);
+        blocks.set_logged(BTreeMap::from([(2, logged)]));
+        let mut expected = vec![1; 3000];
+        expected[1048..2072].fill(6);
+        expected[1048..1052].copy_from_slice(&journal::MAGIC.to_be_bytes());
+        assert_eq!(read(&blocks), expected);
+        assert_eq!(blocks.metadata(2, Place::Journal).unwrap()[4], 6);
+        assert!(blocks.metadata(8, Place::Journal).is_err());
+
+        let sum = journal::data_sum(5, 7, &[6; 1024]);
+        let right = LoggedSum { seed: 5, sequence: 7, sum, mask: !0 };
+        blocks.set_logged(BTreeMap::from([(2, Logged { sum: Some(right), ..logged })]));
+        assert_eq!(read(&blocks), expected);
+        let wrong = LoggedSum { sequence: 8, ..right };
+        blocks.set_logged(BTreeMap::from([(2, Logged { sum: Some(wrong), ..logged })]));
+        let error = blocks.read(2048, &mut [0; 8]).unwrap_err();
+        assert!(matches!(error, Error::Checksum(Place::JournalBlock(1))), "{error}");
+    }
+
+    #[test]
+    fn the_cache_keeps_what_is_asked_for_again() {
+        let mut cache = Cache::default();
+        let block = |byte: u8| -> Arc<[u8]> { Arc::from([byte]) };
+        for number in 0..100 {
+            cache.put(number, block(1), 4);
+            assert!(cache.get(0, 4).is_some());
+            assert!(cache.young.len() <= 4 && cache.old.len() <= 4);
+        }
+        assert!(cache.get(50, 4).is_none());
+    }
+}

@@ -1,0 +1,6 @@
+//! The reader against what mke2fs, debugfs and the kernel make. Those that need a loop device need root.
+
+mod features;
+mod kernel;
+mod sample;
+mod support;
