@@ -77,6 +77,12 @@ pub enum Error {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// Something in an image cannot be read; the text names it.
+    #[error("{0}")]
+    Inside(String),
+    /// The caller asked to stop something that leaves behind what it has done.
+    #[error("interrupted")]
+    Stopped,
     /// The caller asked to stop.
     #[error("interrupted: nothing was left behind")]
     Interrupted,

@@ -12,6 +12,7 @@ mod digest;
 mod entry;
 mod epoch;
 mod error;
+pub mod inside;
 mod meter;
 mod pattern;
 mod process;

@@ -1,6 +1,6 @@
 //! Image files: create, inspect, map, lock, and the raw format.
 
-mod clock;
+pub mod clock;
 pub mod create;
 pub mod host;
 pub mod info;

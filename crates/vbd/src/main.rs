@@ -30,6 +30,18 @@ impl std::fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// An exit code that says something of its own. Alone it is no failure: nothing is printed.
+#[derive(Debug)]
+pub(crate) struct Exit(pub(crate) u8);
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "exit code {}", self.0)
+    }
+}
+
+impl std::error::Error for Exit {}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
@@ -43,9 +55,17 @@ fn main() -> ExitCode {
     match cli.verb.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let code = error.downcast_ref::<Exit>().map(|exit| ExitCode::from(exit.0));
+            // With a failure behind it, the code is what the chain of errors begins with.
+            let text = error.chain().skip(usize::from(code.is_some())).map(ToString::to_string);
+            let text = text.collect::<Vec<_>>().join(": ");
+            if text.is_empty() {
+                return code.unwrap_or(ExitCode::FAILURE);
+            }
             // Several things that are wrong are told together, a line each.
-            eprintln!("vbd: {}", format!("{error:#}").replace('\n', "\nvbd: "));
-            if error.is::<UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+            eprintln!("vbd: {}", text.replace('\n', "\nvbd: "));
+            let failure = if error.is::<UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE };
+            code.unwrap_or(failure)
         }
     }
 }

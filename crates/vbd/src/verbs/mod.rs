@@ -8,6 +8,7 @@ mod create;
 mod detach;
 mod grow;
 mod info;
+mod inside;
 mod list;
 mod man;
 mod map;
@@ -26,6 +27,14 @@ pub(crate) enum Verb {
     Seed(seed::Args),
     Info(info::Args),
     Map(map::Args),
+    Ls(inside::ls::Args),
+    Cat(inside::cat::Args),
+    Cp(inside::cp::Args),
+    Tar(inside::tar::Args),
+    Find(inside::find::Args),
+    Df(inside::df::Args),
+    Du(inside::du::Args),
+    Diff(inside::diff::Args),
     Attach(Box<attach::Args>),
     Up(up::Args),
     List(list::Args),
@@ -46,6 +55,14 @@ impl Verb {
             Verb::Seed(args) => seed::run(args),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
+            Verb::Ls(args) => inside::ls::run(args),
+            Verb::Cat(args) => inside::cat::run(args),
+            Verb::Cp(args) => inside::cp::run(args),
+            Verb::Tar(args) => inside::tar::run(args),
+            Verb::Find(args) => inside::find::run(args),
+            Verb::Df(args) => inside::df::run(args),
+            Verb::Du(args) => inside::du::run(args),
+            Verb::Diff(args) => inside::diff::run(args),
             Verb::Attach(args) => attach::run(*args),
             Verb::Up(args) => up::run(args),
             Verb::List(args) => list::run(args),

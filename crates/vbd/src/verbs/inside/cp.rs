@@ -1,0 +1,89 @@
+//! `vbd cp`.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use vbd_ext4::read::Links;
+use vbd_fs::inside::export::{self, Options, Report};
+use vbd_image::size::Human;
+
+use super::{Access, Target};
+use crate::progress::stop_on_signals;
+use crate::{UsageError, output};
+
+/// Copy files and directories, with all in them, out of a disk.
+///
+/// Permissions, times, links, holes and attributes are kept; owners, devices and attributes of the system where root runs
+/// it. What is in the way is replaced, but for directories, which are filled.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The disk and a path in it, as vm1disk:/etc; then, last, where to: a directory that is there, or the name of the copy
+    #[arg(value_name = "IMAGE:/PATH", required = true, num_args = 2..)]
+    words: Vec<OsString>,
+    /// Copy what links lead to, where IMAGE:/PATH is one; in directories they stay links
+    #[arg(long, short = 'L')]
+    dereference: bool,
+    /// Leave out devices, which only root may make
+    #[arg(long)]
+    no_devices: bool,
+    /// Directories are copied anyway; for those who are used to it
+    #[arg(long, short, short_alias = 'a', hide = true)]
+    recursive: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    access: Access,
+}
+
+pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
+    let to = args.words.pop().map(PathBuf::from).unwrap_or_default();
+    let targets: Vec<Target> = args.words.into_iter().map(Target::from).collect();
+    if let Some(target) = targets.iter().find(|target| !target.said) {
+        let text =
+            "is no place in a disk; write IMAGE:/PATH, and last where to (copying into a disk is to come)";
+        return Err(UsageError(format!("{}: {text}", target.image.display())).into());
+    }
+    let into = to.is_dir();
+    if targets.len() > 1 && !into {
+        bail!("{}: is no directory, and several things are to be copied there", to.display());
+    }
+    let options = Options { no_devices: args.no_devices, cancel: stop_on_signals() };
+    let links = if args.dereference { Links::Follow } else { Links::Keep };
+    let mut sum = Report::default();
+    for target in &targets {
+        let opened = args.access.open(&target.image)?;
+        let inode = opened.find(target, links)?;
+        let place = place(&to, into, target);
+        let mut told = |text: &str| eprintln!("vbd: {text}");
+        let report = export::export(&opened.filesystem, inode, &place, &options, &mut told)?;
+        sum.entries += report.entries;
+        sum.bytes += report.bytes;
+        sum.failed += report.failed;
+        sum.attributes_lost += report.attributes_lost;
+        sum.devices_left_out += report.devices_left_out;
+    }
+    if args.json {
+        output::print_json(&sum)?;
+    }
+    if sum.attributes_lost > 0 {
+        eprintln!(
+            "vbd: {} attributes are not kept: only root may set them, or they cannot be there",
+            sum.attributes_lost
+        );
+    }
+    if sum.failed > 0 {
+        bail!("{} entries were not copied; {} with {} were", sum.failed, sum.entries, Human(sum.bytes));
+    }
+    Ok(())
+}
+
+/// Where a thing goes: by its name into a directory that is there; the root has no name, and what is in it goes there.
+fn place(to: &Path, into: bool, target: &Target) -> PathBuf {
+    match target.name().filter(|_| into) {
+        Some(name) => to.join(OsStr::from_bytes(name)),
+        None => to.to_owned(),
+    }
+}
