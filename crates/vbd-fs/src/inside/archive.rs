@@ -212,7 +212,7 @@ impl Archive<'_> {
                 if !header.records.windows(15).any(|window| window == b"GNU.sparse.name") {
                     record(&mut records, b"path", &header.name);
                 }
-                (Vec::new(), header.name[..100].to_vec())
+                (Vec::new(), header.name[..header.name.len().min(100)].to_vec())
             }
         };
         if header.link.len() > 100 || !header.link.is_ascii() {

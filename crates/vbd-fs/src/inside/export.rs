@@ -193,7 +193,10 @@ impl Copy<'_> {
 
     fn failed(&mut self, path: &[u8], reason: &str) {
         self.report.failed += 1;
-        let path = self.to.join(OsStr::from_bytes(path));
+        let path = match path {
+            b"" => self.to.to_owned(),
+            path => self.to.join(OsStr::from_bytes(path)),
+        };
         // Names are the image's words; what could steer a terminal is shown as a question mark.
         (self.told)(&format!("{}: {reason}", path.display()).replace(char::is_control, "?"));
     }
