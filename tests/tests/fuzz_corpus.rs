@@ -9,10 +9,11 @@ use vbd_testing::corpus;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 13] = [
+const TARGETS: [Target; 15] = [
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
+    ("ext4_read", vbd_ext4::read::fuzz::read),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
     ("partition", vbd_image::partition::fuzz),
