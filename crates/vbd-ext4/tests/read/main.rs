@@ -2,6 +2,7 @@
 
 mod features;
 mod hostile;
+mod journals;
 mod kernel;
 mod sample;
 mod support;

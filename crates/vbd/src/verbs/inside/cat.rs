@@ -37,13 +37,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             if read == 0 {
                 break;
             }
-            match out.write_all(&buffer[..read]) {
+            match out.write_all(&buffer[..read]).and_then(|()| out.flush()) {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 other => other.context("standard output")?,
             }
             at += read as u64;
         }
-        out.flush().context("standard output")?;
     }
     Ok(())
 }
