@@ -116,10 +116,16 @@ impl Layout {
     /// number of inodes is the settings' or this one, whichever is more.
     pub fn smallest(blocks: u64, inodes: u64, settings: &Settings) -> Result<Layout> {
         let mut settings = settings.clone();
+        check(&settings)?;
         let size = u64::from(settings.block_size);
-        let all_inodes = inodes + u64::from(ino::FIRST);
+        // All numbers before the first for entries, the orphan file's among them.
+        let all_inodes = inodes.saturating_add(u64::from(ino::FIRST) + 1);
         let fixed = settings.inodes.map(|count| count.max(all_inodes));
-        let mut count = blocks + 64;
+        let per_group = size * 8;
+        let groups_before = fixed.unwrap_or(all_inodes).div_ceil(per_group) - 1;
+        let journal = if let Journal::Blocks(blocks) = settings.journal { u64::from(blocks) } else { 0 };
+        // No filesystem that holds it has fewer.
+        let mut count = blocks.saturating_add(journal + 32).max(groups_before * per_group);
         loop {
             settings.size = count.checked_mul(size).ok_or_else(|| {
                 WriteError::setting("the number of blocks", blocks, "no filesystem is as large as that")
@@ -134,9 +140,9 @@ impl Layout {
                     return Ok(layout);
                 }
                 Ok(layout) => count += blocks.saturating_sub(layout.free_blocks()).max(1),
-                Err(WriteError::TooSmall { .. }) => count += 1 + count / 16,
-                // More inodes than groups of this size hold.
-                Err(WriteError::NoInodes(_)) => count += count / 4,
+                Err(WriteError::TooSmall { .. }) => count += 1 + count / 256,
+                // A last group is missing that has to have some blocks to be there.
+                Err(WriteError::NoInodes(most)) if most <= u64::from(u32::MAX) => count += 64,
                 Err(error) => return Err(error),
             }
         }

@@ -132,16 +132,28 @@ fn a_filesystem_begins_where_it_is_told() {
 
 #[test]
 fn the_smallest_holds_what_was_asked_for() {
-    for (blocks, inodes) in [(0, 0), (100, 10), (5000, 100), (5000, 30_000), (40_000, 3), (700_000, 100_000)]
-    {
-        let layout = Layout::smallest(blocks, inodes, &settings(0)).unwrap();
-        assert!(layout.free_blocks() >= blocks && layout.free_inodes() >= inodes);
-        let again = Layout::new(layout.settings()).unwrap();
-        assert_eq!((again.blocks(), again.free_blocks()), (layout.blocks(), layout.free_blocks()));
-        // No block is there in vain, but those that a last group needs to be worth having.
-        let surplus = layout.free_blocks() - blocks;
-        assert!(surplus < 700, "{surplus} blocks more than {blocks}");
+    let asked =
+        [(0, 0), (100, 10), (5000, 100), (5000, 30_000), (40_000, 3), (700_000, 100_000), (1 << 28, 1 << 20)];
+    for (blocks, inodes) in asked {
+        for orphan_file in [false, true] {
+            let settings = Settings { orphan_file, ..settings(0) };
+            let layout = Layout::smallest(blocks, inodes, &settings).unwrap();
+            assert!(layout.free_blocks() >= blocks && layout.free_inodes() >= inodes);
+            let again = Layout::new(layout.settings()).unwrap();
+            assert_eq!((again.blocks(), again.free_blocks()), (layout.blocks(), layout.free_blocks()));
+            // No block is there in vain, but those that a last group needs to be worth having.
+            let surplus = layout.free_blocks() - blocks;
+            assert!(surplus < 700, "{surplus} blocks more than {blocks}");
+        }
     }
+    // What decides is the inodes, of which a group has 32,768 at most, or the journal.
+    let layout = Layout::smallest(5000, 40_000, &settings(0)).unwrap();
+    assert!((32_768..36_000).contains(&layout.blocks()), "{}", layout.blocks());
+    let journal = Settings { journal: Journal::Blocks(100_000), ..settings(0) };
+    let layout = Layout::smallest(0, 0, &journal).unwrap();
+    assert!((100_000..103_000).contains(&layout.blocks()), "{}", layout.blocks());
+    let impossible = Layout::smallest(100, 1 << 33, &settings(0));
+    assert!(matches!(impossible, Err(WriteError::NoInodes(_))), "{impossible:?}");
 }
 
 #[test]
