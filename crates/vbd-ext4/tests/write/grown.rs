@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
 use tempfile::NamedTempFile;
 use vbd_ext4::write::Settings;
@@ -37,6 +38,30 @@ fn it_grows_offline_and_shrinks() {
     run("resize2fs", &["-M", path]);
     check(file.path());
     let mounted = Mounted::new(file.path(), "ro,noload");
+    compare(mounted.path(), &sample(), true);
+}
+
+#[test]
+fn the_usual_tools_change_it() {
+    let file = NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    model::write(file.path(), &settings(100 * MIB), &sample());
+    // The UUID first: what has the old one's checksums keeps them, since their seed is in the superblock.
+    for change in [
+        &["-U", "random"][..],
+        &["-O", "^has_journal"],
+        &["-j"],
+        &["-O", "^metadata_csum"],
+        &["-O", "metadata_csum"],
+        &["-O", "orphan_file"],
+    ] {
+        run("tune2fs", &[change, &[path]].concat());
+        check(file.path());
+    }
+    // Rebuilds all directories; what ours were is as good.
+    Command::new("e2fsck").args(["-fyD", path]).output().unwrap();
+    check(file.path());
+    let mounted = Mounted::new(file.path(), "rw");
     compare(mounted.path(), &sample(), true);
 }
 
