@@ -1,6 +1,7 @@
-//! Random trees, compared through the kernel and through ext4-view.
+//! Random trees, compared through the kernel, through ext4-view and through the reader of our own.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
 use ext4_view::Ext4;
@@ -9,6 +10,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tempfile::NamedTempFile;
 use vbd_ext4::format::{Attributes, Extent, FileType, Timestamp, Xattr, ino};
+use vbd_ext4::read::{DirEntry, Filesystem, Inode, Options, Part};
 use vbd_ext4::write::{
     Body, Checksums, Directory, DirectoryEntry, Journal, Layout, Node, Settings, WriteError, Writer, measure,
 };
@@ -158,11 +160,56 @@ fn view(image: &Ext4, path: &[u8], entry: &Entry) {
     }
 }
 
+/// The tree at an inode is this one for the reader of our own.
+fn read_back(image: &Filesystem, inode: &Inode, entry: &Entry) {
+    assert_eq!(inode.attributes(), entry.attributes);
+    let mut xattrs = entry.xattrs.clone();
+    xattrs.sort();
+    assert_eq!(image.xattrs(inode).unwrap(), xattrs);
+    if let Some((_, links)) = entry.links {
+        assert_eq!(u32::from(inode.links()), links);
+    }
+    match &entry.kind {
+        Kind::Directory(children) => {
+            let mut found: Vec<DirEntry> = image
+                .entries(inode)
+                .unwrap()
+                .map(Result::unwrap)
+                .filter(|entry| !matches!(&entry.name[..], b"." | b".." | b"lost+found"))
+                .collect();
+            found.sort_by(|one, other| one.name.cmp(&other.name));
+            assert!(found.iter().map(|entry| &entry.name).eq(children.keys()));
+            for (entry, child) in found.iter().zip(children.values()) {
+                if !matches!(child.kind, Kind::Link(_)) {
+                    read_back(image, &image.entry(entry).unwrap(), child);
+                }
+            }
+        }
+        Kind::File(data) => {
+            assert_eq!((inode.file_type(), inode.size()), (FileType::Regular, data.size));
+            if data.size < 1 << 24 {
+                assert!(image.read_all(inode, 1 << 24).unwrap() == data.bytes());
+            }
+        }
+        Kind::Symlink(target) => assert_eq!(&image.read_link(inode).unwrap(), target),
+        Kind::Character(major, minor) | Kind::Block(major, minor) => {
+            assert_eq!(inode.device(), Some((*major, *minor)));
+        }
+        Kind::Fifo => assert_eq!(inode.file_type(), FileType::Fifo),
+        Kind::Socket => assert_eq!(inode.file_type(), FileType::Socket),
+        Kind::Link(_) => {}
+    }
+}
+
 fn holds(image: &Path, settings: &Settings, root: &Entry) {
     model::write(image, settings, root);
     check(image);
     let mounted = Mounted::new(image, "ro,noload");
     compare(mounted.path(), root, true);
+    drop(mounted);
+    let part = Part::new(File::open(image).unwrap(), 0, settings.size);
+    let image = Filesystem::open(part, Options::default()).unwrap();
+    read_back(&image, &image.root().unwrap(), root);
 }
 
 /// ext4-view takes times whose lower word has its first bit set for damage; this makes them others.
