@@ -237,3 +237,36 @@ fn what_is_given_back_is_free() {
     assert_eq!((summary.free_blocks, summary.free_inodes), (free - 1, inodes));
     check(file.path());
 }
+
+/// Blocks that a file has and nobody wrote: they read as zeros whatever lies there, and are the file's.
+#[test]
+fn blocks_can_be_kept_for_a_file() {
+    use vbd_ext4::format::{Extent, FileType, ino};
+    use vbd_ext4::write::{Body, Directory, DirectoryEntry, Layout, Node, Writer};
+    let file = NamedTempFile::new().unwrap();
+    let layout = Layout::new(&settings(300 * MIB)).unwrap();
+    let mut writer = Writer::new(layout, file.reopen().unwrap(), 0).unwrap();
+    let mut logical = 0;
+    let mut extents = Vec::new();
+    for run in writer.allocate(50_000).unwrap() {
+        let length = u32::try_from(run.length).unwrap();
+        extents.push(Extent { logical, physical: run.start, length, unwritten: true });
+        logical += length;
+    }
+    let dirt = writer.position(extents[0].physical);
+    std::os::unix::fs::FileExt::write_all_at(file.as_file(), &[0xAA; 8192], dirt).unwrap();
+    let attributes = model::attributes(0o644);
+    let ino = writer.reserve_inode().unwrap();
+    let body = Body::File { size: 50_000 * BLOCK, extents: &extents };
+    writer.put(ino, &Node { attributes, xattrs: &[], links: 1, body }).unwrap();
+    let entries = [DirectoryEntry { name: b"kept", ino, file_type: FileType::Regular }];
+    let root = Directory { parent: ino::ROOT, attributes, xattrs: &[], entries: &entries };
+    writer.put_directory(ino::ROOT, &root).unwrap();
+    writer.finish(model::UUID).unwrap();
+    check(file.path());
+    let mounted = Mounted::new(file.path(), "ro,noload");
+    let kept = mounted.path().join("kept");
+    assert!(std::fs::read(&kept).unwrap().iter().all(|byte| *byte == 0));
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&kept).unwrap());
+    assert_eq!(blocks, 50_000 * 8);
+}
