@@ -146,6 +146,34 @@ fn what_is_none_and_what_is_not_known_are_named() {
     assert!(open(&path).err().unwrap().to_string().contains("what it is in has"));
 }
 
+/// What is encrypted is there, and says no more than that.
+#[test]
+fn encryption_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    sample::fill(&tree);
+    let image = image(directory.path(), Some(&tree), "60M", &["-t", "ext4", "-O", "encrypt"]);
+    debugfs(
+        &image,
+        &[
+            "set_inode_field /a flags 0x80800",
+            "set_inode_field /hard flags 0x80800",
+            "set_inode_field /far flags 0x80800",
+        ],
+    );
+    let filesystem = open(&image).unwrap();
+    let inode = |path: &str| filesystem.lookup(path.as_bytes(), Links::Keep);
+    let encrypted = |error: Error| assert!(error.to_string().contains("uses encryption"), "{error}");
+    encrypted(filesystem.entries(&inode("a").unwrap()).err().unwrap());
+    encrypted(inode("a/tiny").unwrap_err());
+    let hard = inode("hard").unwrap();
+    assert_eq!(hard.size(), 70_001);
+    encrypted(filesystem.read_at(&hard, 0, &mut [0; 10]).unwrap_err());
+    encrypted(filesystem.read_link(&inode("far").unwrap()).unwrap_err());
+    assert!(filesystem.read_all(&inode("sparse").unwrap(), 1 << 30).is_ok());
+}
+
 /// Every byte of every structure that has a checksum.
 #[test]
 fn wrong_checksums_are_named() {

@@ -6,3 +6,4 @@ mod journals;
 mod kernel;
 mod sample;
 mod support;
+mod trees;

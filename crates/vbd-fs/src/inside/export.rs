@@ -302,8 +302,13 @@ impl Copy<'_> {
         };
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory =
-            rustix::fs::openat2(&self.top, OsStr::from_bytes(directory), flags, Mode::empty(), resolve)?;
+        let opened =
+            rustix::fs::openat2(&self.top, OsStr::from_bytes(directory), flags, Mode::empty(), resolve);
+        let directory = match opened {
+            // Deeper than a path can say: there it is copied once more, as where no links can be.
+            Err(Errno::NAMETOOLONG) => return Ok(false),
+            other => other?,
+        };
         let made = rustix::fs::linkat(
             &directory,
             OsStr::from_bytes(first),

@@ -92,7 +92,7 @@ fn finding() {
         find(&["-path", "/etc/*", "!", "-type", "f", "-mindepth", "2"]),
         ["/etc/deep", "/etc/deep/er"]
     );
-    assert_eq!(find(&["-maxdepth", "1", "-links", "2", "-type", "f"]), ["/zz-same"]);
+    assert_eq!(find(&["-maxdepth", "1", "-links", "2", "-name", "z*"]), ["/zz-same"]);
     assert_eq!(find(&["-newer", "/etc", "-type", "p"]), ["/fifo"]);
     assert_eq!(find(&["-mtime", "+3000", "-type", "l"]), ["/link"]);
     assert_eq!(

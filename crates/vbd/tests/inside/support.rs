@@ -50,6 +50,7 @@ pub(crate) fn tree(root: &Path) {
     fs::write(root.join("n".repeat(255)), "long").unwrap();
     fs::write(root.join("etc/ä \u{1b}[2J"), "strange").unwrap();
     fs::hard_link(root.join("etc/hostname"), root.join("zz-same")).unwrap();
+    fs::hard_link(root.join("n".repeat(255)), root.join("o".repeat(255))).unwrap();
     let sparse = File::create(root.join("sparse")).unwrap();
     sparse.set_len(3_000_000).unwrap();
     sparse.write_all_at(&[7; 10_000], 1_000_000).unwrap();
@@ -61,7 +62,7 @@ pub(crate) fn tree(root: &Path) {
         let device = rustix::fs::makedev(259, 70_000);
         let kind = rustix::fs::FileType::BlockDevice;
         rustix::fs::mknodat(CWD, root.join("disk"), kind, Mode::from_raw_mode(0o660), device).unwrap();
-        let (uid, gid) = (Some(Uid::from_raw(100_001)), Some(Gid::from_raw(200_002)));
+        let (uid, gid) = (Some(Uid::from_raw(3_000_001)), Some(Gid::from_raw(200_002)));
         rustix::fs::chownat(CWD, root.join("etc/nothing"), uid, gid, AtFlags::empty()).unwrap();
     }
     fs::set_permissions(root.join("etc/nothing"), fs::Permissions::from_mode(0o6755)).unwrap();

@@ -79,7 +79,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             continue;
         }
         if args.json {
-            objects.push(Object::new(filesystem, &path, &found.inode)?);
+            objects.push(Object::new(filesystem, &path, &found.inode));
         } else if tests.zero() {
             out.write_all(&path).and_then(|()| out.write_all(&[0])).or_else(ls::closed)?;
         } else {

@@ -98,9 +98,9 @@ fn recursive(args: &Args, opened: &Opened, found: Inode) -> anyhow::Result<()> {
         };
         let path = if found.path.is_empty() { b"." } else { &found.path[..] };
         if args.json {
-            objects.push(Object::new(&opened.filesystem, path, &found.inode)?);
+            objects.push(Object::new(&opened.filesystem, path, &found.inode));
         } else if args.long {
-            let line = line(opened, path, &found.inode)?;
+            let line = line(opened, path, &found.inode);
             writeln!(out, "{}", line.join(" ")).or_else(closed)?;
         } else {
             writeln!(out, "{}", shown::plain(path)).or_else(closed)?;
@@ -125,13 +125,13 @@ pub(super) fn closed(error: io::Error) -> io::Result<()> {
 fn show(args: &Args, opened: &Opened, entries: &[(Vec<u8>, Inode)]) -> anyhow::Result<()> {
     if args.json {
         let objects = entries.iter().map(|(name, inode)| Object::new(&opened.filesystem, name, inode));
-        return output::print_json(&objects.collect::<anyhow::Result<Vec<_>>>()?);
+        return output::print_json(&objects.collect::<Vec<_>>());
     }
     let mut text = String::new();
     if args.long {
         let mut table = Table::new(&["MODE", ">LINKS", ">OWNER", ">GROUP", ">SIZE", "CHANGED (UTC)", "NAME"]);
         for (name, inode) in entries {
-            table.row(line(opened, name, inode)?);
+            table.row(line(opened, name, inode));
         }
         text = table.render(0);
     } else {
@@ -144,7 +144,7 @@ fn show(args: &Args, opened: &Opened, entries: &[(Vec<u8>, Inode)]) -> anyhow::R
 }
 
 /// The columns of a long line.
-fn line(opened: &Opened, name: &[u8], inode: &Inode) -> anyhow::Result<[String; 7]> {
+fn line(opened: &Opened, name: &[u8], inode: &Inode) -> [String; 7] {
     let attributes = inode.attributes();
     let size = match inode.device() {
         Some((major, minor)) => format!("{major}, {minor}"),
@@ -153,10 +153,16 @@ fn line(opened: &Opened, name: &[u8], inode: &Inode) -> anyhow::Result<[String; 
     let mut name = shown::plain(name);
     if inode.file_type() == FileType::Symlink {
         name += " -> ";
-        name += &shown::plain(&opened.filesystem.read_link(inode)?);
+        match opened.filesystem.read_link(inode) {
+            Ok(target) => name += &shown::plain(&target),
+            Err(error) => {
+                name.push('?');
+                eprintln!("vbd: {error}");
+            }
+        }
     }
     let time = shown::time(attributes.mtime);
     let [links, uid, gid] =
         [inode.links().into(), attributes.uid, attributes.gid].map(|n: u32| n.to_string());
-    Ok([shown::mode(inode), links, uid, gid, size, time, name])
+    [shown::mode(inode), links, uid, gid, size, time, name]
 }

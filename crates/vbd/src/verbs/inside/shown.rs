@@ -90,6 +90,9 @@ pub(super) struct Object {
     target_hex: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     attributes: Vec<Attribute>,
+    /// Why its target or its attributes are missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
 }
 
 /// An extended attribute for programs.
@@ -101,18 +104,20 @@ struct Attribute {
 }
 
 impl Object {
-    pub(super) fn new(filesystem: &Filesystem, path: &[u8], inode: &Inode) -> anyhow::Result<Object> {
+    pub(super) fn new(filesystem: &Filesystem, path: &[u8], inode: &Inode) -> Object {
         let attributes = inode.attributes();
+        let mut problem = None;
+        let mut note = |error: vbd_ext4::read::Error| problem = Some(error.to_string());
         let target = match inode.file_type() {
-            FileType::Symlink => Some(filesystem.read_link(inode)?),
+            FileType::Symlink => filesystem.read_link(inode).map_err(&mut note).ok(),
             _ => None,
         };
-        let xattrs = filesystem.xattrs(inode)?;
+        let xattrs = filesystem.xattrs(inode).map_err(&mut note).unwrap_or_default();
         let xattrs = xattrs.iter().map(|(name, value)| Attribute {
             name: text(name),
             value_hex: value.iter().map(|byte| format!("{byte:02x}")).collect(),
         });
-        Ok(Object {
+        Object {
             path: text(path),
             path_hex: hexadecimal(path),
             kind: vbd_fs::inside::compare::kind_name(inode.file_type()),
@@ -131,6 +136,7 @@ impl Object {
             target_hex: target.as_deref().and_then(hexadecimal),
             target: target.as_deref().map(text),
             attributes: xattrs.collect(),
-        })
+            problem,
+        }
     }
 }
