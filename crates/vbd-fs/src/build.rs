@@ -10,9 +10,14 @@ use vbd_image::create::Draft;
 
 use crate::builder::{Format, Superblock};
 use crate::error::Context;
+use crate::fill::{self, Base, Input, Making, Unwanted};
+use crate::pattern::Patterns;
 use crate::process::Running;
-use crate::stage::{self, From, Job, remote};
-use crate::{BuildOptions, Counts, Error, Filesystem, Progress, Result, Source, Step, bootstrap, sys, tar};
+use crate::stage::{self, Done, From, Job, remote};
+use crate::{
+    BuildOptions, Counts, Error, Filesystem, ImageSize, Progress, Result, Source, Step, Time, bootstrap, sys,
+    tar,
+};
 
 /// What was built.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,10 +44,10 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
-/// Makes a file of `options.size` bytes with a filesystem in it, filled and tailored, and gives it the name `path` when
+/// Makes a file of `options.size` with a filesystem in it, filled and tailored, and gives it the name `path` when
 /// it is whole and durable. Whatever happens before leaves nothing of it behind.
 ///
-/// Not as root, the tree is gathered by [`helper`](BuildOptions::helper) under fakeroot.
+/// Not as root, the tree for ext2 and ext3 is gathered by [`helper`](BuildOptions::helper) under fakeroot.
 ///
 /// # Errors
 ///
@@ -50,12 +55,14 @@ pub struct Report {
 pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -> Result<Report> {
     options.spec.check()?;
     options.tailor.check()?;
-    if options.size == 0 {
+    if options.size == ImageSize::Fixed(0) {
         return Err(Error::Invalid("the size is 0: a filesystem needs room".to_owned()));
     }
     let replaced = std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     let image = Draft::new(path, options.force)?;
-    image.file().set_len(options.size).at(&format!("give {} bytes to", options.size), path)?;
+    if let ImageSize::Fixed(size) = options.size {
+        image.file().set_len(size).at(&format!("give {size} bytes to"), path)?;
+    }
     let mut skip = vec![key(image.file()).at("look at", path)?];
     skip.extend(replaced);
     let directory = match path.parent() {
@@ -66,31 +73,11 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
         Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
         _ => directory.to_owned(),
     };
-    let me = sys::user();
-    if me != 0 && options.helper.is_empty() {
-        return Err(Error::Invalid("an ordinary user's build needs a helper, and none is named".to_owned()));
-    }
-    let spec = &options.spec;
     let (from, archive, bootstrap) = open(options, skip, progress)?;
-    let job = Job {
-        size: options.size,
-        format: Format {
-            filesystem: spec.filesystem,
-            label: spec.label.clone(),
-            uuid: spec.uuid.clone(),
-            reserved_percent: spec.reserved_percent,
-            inodes: spec.inodes,
-            arguments: spec.mkfs_args.clone(),
-        },
-        from,
-        tailor: options.tailor.clone(),
-        scratch,
-        for_user: (me != 0).then(|| (me, rustix::process::getegid().as_raw())),
-    };
-    let done = if me == 0 {
-        stage::run(&job, image.file(), archive, progress)
+    let done = if options.spec.filesystem == Filesystem::Ext4 {
+        fill(options, from, archive, image.file(), (directory, &scratch), progress)
     } else {
-        remote::run(&job, image.file(), archive, &options.helper, progress)
+        staged(options, from, archive, image.file(), scratch, progress)
     };
     if let Some(running) = bootstrap {
         let cut_short =
@@ -104,7 +91,7 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
     progress.step(Step::Sync, None);
     image.file().sync_all().at("make durable", path)?;
     let superblock = Superblock::read(image.file()).at("read the filesystem made in", path)?;
-    let allocated = image.file().metadata().at("look at", path)?.blocks() * 512;
+    let metadata = image.file().metadata().at("look at", path)?;
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
@@ -112,9 +99,9 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
     File::open(directory).and_then(|d| d.sync_all()).at("make durable the directory of", path)?;
     Ok(Report {
         path: path.to_owned(),
-        size: options.size,
-        allocated,
-        filesystem: spec.filesystem,
+        size: metadata.len(),
+        allocated: metadata.blocks() * 512,
+        filesystem: options.spec.filesystem,
         uuid: superblock.uuid,
         label: superblock.label,
         free_bytes: superblock.free.blocks * superblock.block_size,
@@ -122,6 +109,82 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
         counts: done.counts,
         warnings: done.warnings,
     })
+}
+
+/// Makes ext4, from a plan in memory.
+fn fill(
+    options: &BuildOptions,
+    from: From,
+    archive: Option<File>,
+    image: &File,
+    (directory, scratch): (&Path, &Path),
+    progress: &mut dyn Progress,
+) -> Result<Done> {
+    let making = Making {
+        spec: &options.spec,
+        tailor: &options.tailor,
+        size: options.size,
+        now: options.time.unwrap_or_else(Time::now),
+        latest: options.time,
+        directory,
+        scratch,
+        offset: 0,
+        threads: options.threads,
+    };
+    let input = match (from, archive) {
+        (From::Directory { path, exclude, skip, live }, _) => {
+            let user = rustix::process::geteuid();
+            let to_root = (!user.is_root()).then(|| (user.as_raw(), rustix::process::getegid().as_raw()));
+            let base = Base::open(&path, to_root, live, options.spec.skip_unreadable)?;
+            let exclude = Patterns::new(exclude.iter().map(String::as_str));
+            Input::Directory(base, Unwanted { exclude, skip: skip.into_iter().collect() })
+        }
+        (From::Archive(name), Some(file)) => Input::Archive(name, file),
+        (From::Archive(name), None) => {
+            return Err(Error::Invalid(format!("{name}: there is nothing to read")));
+        }
+    };
+    let done = fill::make(&making, input, image, progress)?;
+    Ok(Done { counts: done.counts, warnings: done.warnings })
+}
+
+/// Makes ext2 and ext3, from a tree in a directory.
+fn staged(
+    options: &BuildOptions,
+    from: From,
+    archive: Option<File>,
+    image: &File,
+    scratch: PathBuf,
+    progress: &mut dyn Progress,
+) -> Result<Done> {
+    let ImageSize::Fixed(size) = options.size else {
+        return Err(Error::Invalid(format!("{} needs a size: auto is for ext4", options.spec.filesystem)));
+    };
+    let me = sys::user();
+    if me != 0 && options.helper.is_empty() {
+        return Err(Error::Invalid("an ordinary user's build needs a helper, and none is named".to_owned()));
+    }
+    let spec = &options.spec;
+    let job = Job {
+        size,
+        format: Format {
+            filesystem: spec.filesystem,
+            label: spec.label.clone(),
+            uuid: spec.uuid.clone(),
+            reserved_percent: spec.reserved_percent,
+            inodes: spec.inodes,
+            arguments: spec.mkfs_args.clone(),
+        },
+        from,
+        tailor: options.tailor.clone(),
+        scratch,
+        for_user: (me != 0).then(|| (me, rustix::process::getegid().as_raw())),
+    };
+    if me == 0 {
+        stage::run(&job, image, archive, progress)
+    } else {
+        remote::run(&job, image, archive, &options.helper, progress)
+    }
 }
 
 /// A file's device and inode.

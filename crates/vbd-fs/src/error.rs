@@ -38,6 +38,12 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         reason: String,
     },
+    /// Parts of the source cannot be read.
+    #[error("{} entries cannot be taken:{}", .0.len(), lines(.0))]
+    Unreadable(
+        /// Each with what is wrong with it.
+        Vec<(PathBuf, String)>,
+    ),
     /// An archive is damaged or hostile.
     #[error("{archive}{} {reason}", entry_clause(.entry))]
     Archive {
@@ -97,6 +103,17 @@ impl Error {
         Error::Io { what: what.into(), error }
     }
 
+    /// Entries that cannot be read, of which there is one at least.
+    pub(crate) fn unreadable(mut entries: Vec<(PathBuf, String)>) -> Error {
+        match entries.pop() {
+            Some((path, reason)) if entries.is_empty() => Error::Source { path, reason },
+            last => {
+                entries.extend(last);
+                Error::Unreadable(entries)
+            }
+        }
+    }
+
     /// An error about one change of a tailoring.
     pub(crate) fn tailor(item: impl Into<String>, reason: impl Into<String>) -> Error {
         Error::Tailor { item: item.into(), reason: reason.into() }
@@ -122,7 +139,7 @@ impl<T> Context<T> for rustix::io::Result<T> {
 }
 
 /// How much a filesystem lacks to hold a source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Shortage {
     /// Bytes that the source takes in this filesystem, its metadata included.
     pub needed_bytes: u64,
@@ -171,6 +188,10 @@ impl fmt::Display for Shortage {
 
 fn entry_clause(entry: &str) -> String {
     if entry.is_empty() { String::new() } else { format!(": entry {entry:?}") }
+}
+
+fn lines(entries: &[(PathBuf, String)]) -> String {
+    entries.iter().map(|(path, reason)| format!("\n  {}: {reason}", path.display())).collect()
 }
 
 fn said(stderr: &str) -> String {

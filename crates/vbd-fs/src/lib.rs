@@ -1,8 +1,8 @@
 //! Filesystems in files: build one from a tree, an archive or a suite, and tailor it.
 //!
-//! The way of an entry: a source (the walk through a directory, a tar, mmdebstrap's output) yields entries, a sink takes
-//! them. Today's sink is a staging tree that `mke2fs -d` reads; tailoring edits a [`Root`], which is that tree. Both
-//! seams are made so that a writer which needs no tree can take their other side.
+//! The way of an entry: a source (the scan of a directory, a tar, mmdebstrap's output) yields entries, a sink takes
+//! them, and tailoring edits a [`Root`]. For ext4 both are a plan, a tree in memory, which is then written in one pass.
+//! For ext2 and ext3 both are a staging tree, a real directory, that `mke2fs -d` reads.
 
 mod bootstrap;
 mod build;
@@ -12,12 +12,15 @@ mod digest;
 mod entry;
 mod epoch;
 mod error;
+mod fill;
 pub mod inside;
 mod meter;
 mod pattern;
+mod plan;
 mod process;
 mod progress;
 mod seed;
+mod size;
 mod source;
 mod spec;
 mod stage;
@@ -28,6 +31,7 @@ pub mod tar;
 mod tree;
 mod vfat;
 mod walk;
+mod watched;
 
 pub use build::{Report, build};
 pub use entry::{Counts, Meta, Time};
@@ -35,7 +39,8 @@ pub use epoch::source_date_epoch;
 pub use error::{Error, Result, Shortage};
 pub use progress::{Cancel, Progress, Silent, Step};
 pub use seed::{LARGEST_SEED_FILE, Seed, SeedReport};
+pub use size::{ImageSize, Spare};
 pub use source::{Distribution, Source};
-pub use spec::{BuildOptions, BuildSpec, Filesystem, Variant};
+pub use spec::{BuildOptions, BuildSpec, Filesystem, JournalSize, Owner, Sharing, Variant};
 pub use stage::remote::serve as serve_stage;
 pub use tailor::{Root, Tailor};

@@ -13,6 +13,11 @@ impl Patterns {
         Patterns(patterns.into_iter().map(|p| p.trim_matches('/').as_bytes().to_vec()).collect())
     }
 
+    /// Whether there are any.
+    pub(crate) fn any(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Whether one of them is the whole of `path`.
     pub(crate) fn matches(&self, path: &Path) -> bool {
         self.0.iter().any(|pattern| matches(pattern, path.as_os_str().as_bytes()))

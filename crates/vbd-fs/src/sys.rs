@@ -33,6 +33,8 @@ pub(crate) struct Stat {
     pub(crate) gid: u32,
     pub(crate) rdev: u64,
     pub(crate) size: u64,
+    /// Bytes that its blocks take.
+    pub(crate) stored: u64,
     pub(crate) mtime: Time,
     pub(crate) ctime: Time,
 }
@@ -92,6 +94,7 @@ pub(crate) fn stat_at(dir: BorrowedFd<'_>, name: &OsStr, view: View) -> io::Resu
                 gid: s.st_gid,
                 rdev: s.st_rdev,
                 size: u64::try_from(s.st_size).unwrap_or(0),
+                stored: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
                 mtime: time(s.st_mtime, i64::try_from(s.st_mtime_nsec).unwrap_or(0)),
                 ctime: time(s.st_ctime, i64::try_from(s.st_ctime_nsec).unwrap_or(0)),
             })
@@ -117,6 +120,7 @@ fn library_stat(dir: BorrowedFd<'_>, name: &OsStr) -> io::Result<Stat> {
         gid: s.st_gid,
         rdev: s.st_rdev,
         size: u64::try_from(s.st_size).unwrap_or(0),
+        stored: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
         mtime: time(s.st_mtime, s.st_mtime_nsec),
         ctime: time(s.st_ctime, s.st_ctime_nsec),
     })
@@ -228,6 +232,26 @@ pub(crate) fn xattrs(dir: BorrowedFd<'_>, name: &OsStr, view: View) -> io::Resul
         };
         match sized(get) {
             Ok(value) => all.push((OsString::from_vec(key.as_bytes().to_vec()), value)),
+            // Removed since it was listed.
+            Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// Reads all extended attributes of an open file, in the order of their names.
+pub(crate) fn xattrs_of(file: BorrowedFd<'_>) -> io::Result<Vec<Xattr>> {
+    let names = match sized(|buffer| Ok(rustix::fs::flistxattr(file, buffer)?)) {
+        Ok(names) => names,
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(Vec::new()),
+        Err(e) => return Err(e),
+    };
+    let mut all = Vec::new();
+    for key in names.split(|&b| b == 0).filter(|key| !key.is_empty()) {
+        match sized(|buffer| Ok(rustix::fs::fgetxattr(file, key, buffer)?)) {
+            Ok(value) => all.push((OsString::from_vec(key.to_vec()), value)),
             // Removed since it was listed.
             Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {}
             Err(e) => return Err(e),

@@ -272,17 +272,17 @@ fn names(dir: &OwnedFd) -> io::Result<Vec<OsString>> {
 }
 
 /// A file's extents, as the filesystem knows them.
-struct FileData<'a> {
+pub(crate) struct FileData<'a> {
     file: &'a File,
     size: u64,
     at: u64,
     end: u64,
     /// The first error in reading, kept apart from what goes wrong in writing.
-    failed: Option<io::Error>,
+    pub(crate) failed: Option<io::Error>,
 }
 
 impl FileData<'_> {
-    fn new(file: &File, size: u64) -> FileData<'_> {
+    pub(crate) fn new(file: &File, size: u64) -> FileData<'_> {
         FileData { file, size, at: 0, end: 0, failed: None }
     }
 

@@ -6,11 +6,10 @@ pub(crate) mod remote;
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::builder::{Builder, Format, Mke2fs, is_full};
@@ -23,7 +22,8 @@ use crate::tailor::{Root, TreeRoot};
 use crate::tar::NamedAcl;
 use crate::tree::Tree;
 use crate::walk::Walk;
-use crate::{Cancel, Counts, Error, Progress, Result, Shortage, Step, Tailor, compress, tar};
+use crate::watched::Watched;
+use crate::{Counts, Error, Progress, Result, Shortage, Step, Tailor, compress, tar};
 
 /// What a stage has to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -220,28 +220,5 @@ impl<'a> Stage<'a> {
             }
         }
         None
-    }
-}
-
-/// A file or pipe whose reader can be stopped while it waits.
-struct Watched {
-    file: File,
-    cancel: Cancel,
-}
-
-impl Read for Watched {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-        loop {
-            if self.cancel.requested() {
-                return Err(io::Error::other("interrupted"));
-            }
-            let mut fds = [PollFd::from_borrowed_fd(self.file.as_fd(), PollFlags::IN)];
-            match poll(&mut fds, Some(&tick)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return self.file.read(buffer),
-                Err(e) => return Err(e.into()),
-            }
-        }
     }
 }

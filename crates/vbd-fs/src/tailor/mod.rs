@@ -14,8 +14,8 @@ mod types;
 use crate::{Error, Filesystem, Meta, Result};
 
 pub(crate) use identity::check_hostname;
-pub(crate) use root::TreeRoot;
 pub use root::{Attributes, Kind, Root};
+pub(crate) use root::{LINKS, TEXT, TreeRoot};
 pub use types::{CopyIn, Mount, Network, Tailor, Text, User};
 
 impl Tailor {

@@ -16,9 +16,9 @@ use crate::tree::set_time;
 use crate::{Error, Meta, Result};
 
 /// How many links a path may lead through, as in the kernel.
-const LINKS: u32 = 40;
+pub(crate) const LINKS: u32 = 40;
 /// The largest file that is read whole: those that are edited are text.
-const TEXT: u64 = 16 << 20;
+pub(crate) const TEXT: u64 = 16 << 20;
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -116,8 +116,10 @@ fn one(image: &Path, which: &str, stat: &str) -> Entry {
         t if t.starts_with("socket") => 's',
         t => panic!("{t}"),
     };
-    let seconds = word(stat, " mtime: 0x");
-    let seconds = u32::from_str_radix(seconds.split(':').next().unwrap(), 16).unwrap();
+    let (seconds, extra) = word(stat, " mtime: 0x").split_once(':').unwrap();
+    let [seconds, extra] = [seconds, extra].map(|hex| u32::from_str_radix(hex, 16).unwrap());
+    // Two bits for 136 years each, then the nanoseconds.
+    let mtime = (i64::from(seconds.cast_signed()) + (i64::from(extra & 3) << 32), extra >> 2);
     let device = match kind {
         'c' | 'b' => {
             let (major, minor) = word(stat, "major/minor number:").split_once(':').unwrap();
@@ -142,7 +144,7 @@ fn one(image: &Path, which: &str, stat: &str) -> Entry {
         mode: u32::from_str_radix(word(stat, "Mode:"), 8).unwrap() & 0o7777,
         uid: id(stat, "User:"),
         gid: id(stat, "Group:"),
-        mtime: i64::from(seconds.cast_signed()),
+        mtime,
         links: if kind == 'd' { 0 } else { word(stat, "Links:").parse().unwrap() },
         device,
         content,

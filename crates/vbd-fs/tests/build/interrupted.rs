@@ -2,10 +2,10 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use vbd_fs::{Cancel, Error, Progress, Source, Step};
+use vbd_fs::{Cancel, Error, Filesystem, Progress, Source, Step};
 use vbd_image::create::CreateError;
 
 use super::sample::noise;
@@ -38,6 +38,12 @@ impl Progress for StopAt {
 }
 
 fn stopped_anywhere() {
+    for filesystem in [Filesystem::Ext4, Filesystem::Ext2] {
+        stopped(filesystem);
+    }
+}
+
+fn stopped(filesystem: Filesystem) {
     for step in [Step::Measure, Step::Read, Step::Tailor, Step::Write, Step::Sync] {
         let scratch = Scratch::new();
         let (tree, file) = (scratch.path("tree"), scratch.path("disk"));
@@ -46,7 +52,9 @@ fn stopped_anywhere() {
             std::fs::write(tree.join(i.to_string()), noise(4 << 20)).unwrap();
         }
         let mut progress = StopAt { step, now: false, cancel: Cancel::new() };
-        let error = build_with(&file, &options(64 * MIB, &tree), &mut progress);
+        let mut options = options(64 * MIB, &tree);
+        options.spec.filesystem = filesystem;
+        let error = build_with(&file, &options, &mut progress);
         assert!(matches!(error, Err(Error::Interrupted)), "{step:?}: {error:?}");
         assert_eq!(scratch.names(), ["tree"], "{step:?}");
     }
@@ -73,22 +81,25 @@ fn build_elsewhere() {
         if from == "-" {
             options.spec.from = Source::Stdin;
         }
+        if let Some(filesystem) = std::env::var_os("VBD_TEST_FILESYSTEM") {
+            options.spec.filesystem = filesystem.to_str().unwrap().parse().unwrap();
+        }
         build(Path::new(&file), &options).unwrap();
     }
 }
 
-/// Runs that, with its tree gathered beside the image.
-fn elsewhere(file: &Path, from: &Path) -> Command {
+/// Runs that, with what it needs to hold made beside the image.
+fn elsewhere(file: &Path, from: &Path, filesystem: Filesystem) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "interrupted::build_elsewhere", "--nocapture"]).env_remove("TMPDIR");
     command.env("VBD_TEST_FILE", file).env("VBD_TEST_FROM", from).stdout(Stdio::null());
+    command.env("VBD_TEST_FILESYSTEM", filesystem.name());
     command
 }
 
-fn killed() {
-    let scratch = Scratch::new();
-    let file = scratch.path("disk");
-    let mut child = elsewhere(&file, Path::new("-")).stdin(Stdio::piped()).spawn().unwrap();
+/// A build that waits in the middle of an archive.
+fn reading(file: &Path, filesystem: Filesystem) -> (Child, ChildStdin) {
+    let mut child = elsewhere(file, Path::new("-"), filesystem).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let mut header = tar::Header::new_ustar();
     header.set_path("file").unwrap();
@@ -96,7 +107,26 @@ fn killed() {
     header.set_mode(0o644);
     header.set_cksum();
     stdin.write_all(header.as_bytes()).unwrap();
+    // More than a pipe holds: when it is written, it was read.
     stdin.write_all(&noise(2 << 20)).unwrap();
+    (child, stdin)
+}
+
+#[test]
+fn a_killed_build_leaves_nothing() {
+    let scratch = Scratch::new();
+    let (mut child, stdin) = reading(&scratch.path("disk"), Filesystem::Ext4);
+    assert_eq!(scratch.names(), [""; 0]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(stdin);
+    assert_eq!(scratch.names(), [""; 0]);
+}
+
+fn killed() {
+    let scratch = Scratch::new();
+    let file = scratch.path("disk");
+    let (mut child, stdin) = reading(&file, Filesystem::Ext2);
     let staged = || {
         let stage = scratch.names().into_iter().find(|name| name.starts_with(".vbd-stage-"));
         stage.is_some_and(|name| scratch.path(&name).join("tree/file").exists())
@@ -108,7 +138,7 @@ fn killed() {
         // Nobody was left to clean up: the next build does.
         let tree = scratch.path("tree");
         std::fs::create_dir(&tree).unwrap();
-        assert!(elsewhere(&file, &tree).status().unwrap().success());
+        assert!(elsewhere(&file, &tree, Filesystem::Ext2).status().unwrap().success());
         assert_eq!(scratch.names(), ["disk", "tree"]);
     } else {
         wait_until("the stage cleans up", || scratch.names().is_empty());
@@ -125,7 +155,7 @@ fn wait_until(what: &str, is: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_killed_build_leaves_no_image() {
+fn a_killed_build_with_a_stage_leaves_no_image() {
     killed();
 }
 
@@ -142,7 +172,9 @@ fn a_stage_that_another_build_uses_is_not_removed() {
     std::fs::create_dir(&theirs).unwrap();
     let lock = std::fs::File::open(&theirs).unwrap();
     lock.lock().unwrap();
-    build(&scratch.path("disk"), &options(16 * MIB, &tree)).unwrap();
+    let mut options = options(16 * MIB, &tree);
+    options.spec.filesystem = Filesystem::Ext2;
+    build(&scratch.path("disk"), &options).unwrap();
     assert_eq!(names(&theirs), Vec::<String>::new());
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use tar::{EntryType, Header};
-use vbd_fs::{Error, Progress, Step};
+use vbd_fs::{Error, ImageSize, Progress, Step};
 
 use super::image;
 use super::sample::noise;
@@ -175,7 +175,7 @@ fn sources_that_are_not_there_or_make_no_sense() {
     std::fs::create_dir(&tree).unwrap();
     type Change = fn(&mut vbd_fs::BuildOptions);
     let cases: [(Change, &str); 9] = [
-        (|o| o.size = 0, "the size is 0"),
+        (|o| o.size = ImageSize::Fixed(0), "the size is 0"),
         (|o| o.spec.label = Some("x".repeat(17)), "at most 16 bytes"),
         (|o| o.spec.uuid = Some("123".to_owned()), "is no UUID"),
         (|o| o.spec.reserved_percent = Some(51), "at most 50 percent"),
@@ -183,7 +183,7 @@ fn sources_that_are_not_there_or_make_no_sense() {
         (|o| o.tailor.hostname = Some("a b".to_owned()), "is no host's name"),
         (|o| o.tailor.serial_console = Some("../x".to_owned()), "is no console's name"),
         (|o| o.spec.from = "-".parse().unwrap(), "it is empty"),
-        (|o| o.size = 10_240, "10 KiB are too few for ext4"),
+        (|o| o.size = ImageSize::Fixed(10_240), "10 KiB are too few for ext4"),
     ];
     for (change, expected) in cases {
         let mut options = options(16 * MIB, &tree);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
-use vbd_fs::{Error, Progress, Shortage, Step};
+use vbd_fs::{Error, ImageSize, Progress, Shortage, Step};
 
 use super::image;
 use super::sample::noise;
@@ -43,7 +43,7 @@ fn too_much_of_a_directory() {
     assert!(shortage.needed_bytes >= 20 * MIB && shortage.free_bytes < 8 * MIB, "{shortage:?}");
     assert!(shortage.to_string().contains("are missing; a size of "), "{shortage}");
     // It was known before anything was read.
-    assert_eq!(steps.0, [Step::Measure]);
+    assert_eq!(steps.0, [Step::Measure, Step::Tailor]);
     assert_eq!(scratch.names(), ["tree"]);
     let enough = shortage.enough.unwrap();
     build(&file, &options(enough, &tree)).unwrap();
@@ -99,7 +99,7 @@ fn what_is_said_to_do_does() {
         fill(&tree, files, size);
         let mut options = options(MIB, &tree);
         options.spec.filesystem = filesystem.parse().unwrap();
-        options.size = shortage(build(&file, &options)).enough.unwrap();
+        options.size = ImageSize::Fixed(shortage(build(&file, &options)).enough.unwrap());
         let report = build(&file, &options).unwrap();
         assert_eq!(report.counts.files, u64::try_from(files).unwrap());
         image::check(&file);

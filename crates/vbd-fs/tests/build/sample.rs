@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps};
 
-/// What an entry is, as far as a filesystem keeps it. Times are whole seconds.
+/// What an entry is, as far as a filesystem keeps it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) kind: char,
     pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    pub(crate) mtime: i64,
+    /// Seconds and nanoseconds.
+    pub(crate) mtime: (i64, u32),
     /// Names of a file; 0 for a directory, which counts differently everywhere.
     pub(crate) links: u64,
     /// Major and minor number of a device.
@@ -187,7 +188,7 @@ pub(crate) fn read(root: &Path) -> Tree {
             mode: meta.mode() & 0o7777,
             uid: meta.uid(),
             gid: meta.gid(),
-            mtime: meta.mtime(),
+            mtime: (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap()),
             links: if kind == 'd' { 0 } else { meta.nlink() },
             device: (rustix::fs::major(device), rustix::fs::minor(device)),
             content,

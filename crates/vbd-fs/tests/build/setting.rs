@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use vbd_fs::{BuildOptions, BuildSpec, Error, Progress, Report, Silent, Source, Tailor};
+use vbd_fs::{BuildOptions, BuildSpec, Error, ImageSize, Progress, Report, Silent, Source, Tailor};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -101,10 +101,12 @@ fn again(command: &mut Command, name: &str, scratch: &Scratch) {
 pub(crate) fn options(size: u64, from: &Path) -> BuildOptions {
     let this = std::env::current_exe().unwrap();
     BuildOptions {
-        size,
+        size: ImageSize::Fixed(size),
         spec: BuildSpec::new(Source::Path(from.to_owned())),
         tailor: Tailor::default(),
         force: false,
+        time: None,
+        threads: None,
         helper: vec![this, "--exact".into(), "stage_helper".into(), "--nocapture".into()],
     }
 }

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use vbd_fs::tailor::{CopyIn, Mount, Network, Text, User};
-use vbd_fs::{BuildOptions, BuildSpec, Filesystem, Report, Source, Tailor, Variant};
+use vbd_fs::{
+    BuildOptions, BuildSpec, Filesystem, ImageSize, JournalSize, Owner, Report, Sharing, Source, Tailor,
+    Time, Variant,
+};
 use vbd_image::size::{Human, Size};
 
 use crate::UsageError;
@@ -15,9 +18,16 @@ use crate::progress::{Bar, stop_on_signals};
 pub(crate) struct Args {
     /// The file to make
     file: PathBuf,
-    /// Its size: bytes, or with K, M, G, T (1024) or KB, MB, GB, TB (1000), as 2G or 1.5T
+    /// Its size: bytes, or with K, M, G, T (1024) or KB, MB, GB, TB (1000), as 2G or 1.5T; or auto, auto+20%, auto+500M:
+    /// as small as holds the content, and some more
     #[arg(long, short, value_name = "SIZE", allow_hyphen_values = true)]
-    size: Size,
+    size: ImageSize,
+    /// With --size auto, no smaller than this
+    #[arg(long, value_name = "SIZE")]
+    min_size: Option<Size>,
+    /// With --size auto, an error where more is needed
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<Size>,
     /// What to fill it with: a directory, a tar (plain, gz, xz, zst), - for a tar on standard input, debian:SUITE or
     /// ubuntu:SUITE
     #[arg(long, value_name = "SOURCE", allow_hyphen_values = true)]
@@ -45,7 +55,7 @@ struct FilesystemArgs {
     /// Its label, at most 16 bytes
     #[arg(long)]
     label: Option<String>,
-    /// Its UUID, instead of a random one
+    /// Its UUID, instead of one derived from the content
     #[arg(long)]
     uuid: Option<String>,
     /// Percent of it that only the guest's root may fill
@@ -54,7 +64,31 @@ struct FilesystemArgs {
     /// How many inodes it has, that is, how many files it can hold
     #[arg(long, value_name = "NUMBER")]
     inodes: Option<u64>,
-    /// An argument more for mke2fs; may be given again
+    /// Bytes for which there is one inode, instead of 16384
+    #[arg(long, value_name = "BYTES")]
+    bytes_per_inode: Option<Size>,
+    /// The journal's size: auto, none, or as 64M
+    #[arg(long, value_name = "SIZE", default_value_t)]
+    journal: JournalSize,
+    /// Mount options that the filesystem asks for by itself, with commas
+    #[arg(long, value_name = "OPTIONS")]
+    mount_options: Option<String>,
+    /// The root directory's permission bits in octal, instead of the source's
+    #[arg(long, value_name = "MODE", value_parser = octal)]
+    root_mode: Option<u32>,
+    /// The root directory's owner and group by number, instead of the source's
+    #[arg(long, value_name = "UID:GID")]
+    root_owner: Option<Owner>,
+    /// Keep orphans in a file of their own; needs Linux 5.15 and e2fsprogs 1.47
+    #[arg(long)]
+    orphan_file: bool,
+    /// Leave out what GRUB before 2.12 cannot read
+    #[arg(long)]
+    for_old_grub: bool,
+    /// Share blocks with the source where the host's filesystem can: auto, always or never
+    #[arg(long, value_name = "WHEN", default_value_t)]
+    reflink: Sharing,
+    /// An argument more for mke2fs, for ext2 and ext3; may be given again
     #[arg(long = "mkfs-arg", value_name = "ARG", allow_hyphen_values = true)]
     mkfs_args: Vec<String>,
 }
@@ -68,6 +102,9 @@ struct SourceArgs {
     /// Take files that change while they are read as found, and list them, instead of giving up
     #[arg(long)]
     live: bool,
+    /// Leave out what cannot be read, and list it, instead of giving up
+    #[arg(long)]
+    skip_unreadable: bool,
     /// The suite's mirror, instead of the one in the host's apt sources
     #[arg(long, value_name = "URL")]
     mirror: Option<String>,
@@ -179,29 +216,63 @@ pub(crate) fn helper() -> anyhow::Result<Vec<PathBuf>> {
     Ok(vec![this, PathBuf::from("__build-stage")])
 }
 
+/// The time that reproducible builds are made at, where one is given.
+pub(crate) fn time() -> anyhow::Result<Option<Time>> {
+    vbd_fs::source_date_epoch().map_err(|e| UsageError(e.to_string()).into())
+}
+
+fn size(size: ImageSize, least: Option<Size>, most: Option<Size>) -> anyhow::Result<ImageSize> {
+    let (minimum, maximum) = (least.map(Size::bytes), most.map(Size::bytes));
+    match size {
+        ImageSize::Auto { spare, .. } => Ok(ImageSize::Auto { spare, minimum, maximum }),
+        ImageSize::Fixed(_) if minimum.or(maximum).is_some() => {
+            Err(UsageError("--min-size and --max-size go with --size auto".to_owned()).into())
+        }
+        fixed => Ok(fixed),
+    }
+}
+
+/// Permission bits as chmod(1) takes them by number.
+fn octal(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o7777)
+        .ok_or_else(|| "write it as 755 or 1777".to_owned())
+}
+
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let FilesystemArgs { filesystem, label, uuid, reserved, inodes, mkfs_args } = args.filesystem;
-    let SourceArgs { exclude, live, mirror, components, packages, variant } = args.source;
+    let (filesystem, source) = (args.filesystem, args.source);
     let spec = BuildSpec {
-        filesystem,
-        label,
-        uuid,
-        reserved_percent: reserved,
-        inodes,
-        mkfs_args,
-        exclude,
-        live,
-        mirror,
-        components,
-        packages,
-        variant,
+        filesystem: filesystem.filesystem,
+        label: filesystem.label,
+        uuid: filesystem.uuid,
+        reserved_percent: filesystem.reserved,
+        inodes: filesystem.inodes,
+        bytes_per_inode: filesystem.bytes_per_inode.map(Size::bytes),
+        journal: filesystem.journal,
+        mount_options: filesystem.mount_options,
+        root_mode: filesystem.root_mode,
+        root_owner: filesystem.root_owner,
+        orphan_file: filesystem.orphan_file,
+        for_old_grub: filesystem.for_old_grub,
+        reflink: filesystem.reflink,
+        mkfs_args: filesystem.mkfs_args,
+        exclude: source.exclude,
+        live: source.live,
+        skip_unreadable: source.skip_unreadable,
+        mirror: source.mirror,
+        components: source.components,
+        packages: source.packages,
+        variant: source.variant,
         ..BuildSpec::new(args.from)
     };
     let options = BuildOptions {
-        size: args.size.bytes(),
+        size: size(args.size, args.min_size, args.max_size)?,
         spec,
         tailor: args.tailor.tailor()?,
         force: args.force,
+        time: time()?,
+        threads: None,
         helper: helper()?,
     };
     let mut bar = Bar::new(stop_on_signals());

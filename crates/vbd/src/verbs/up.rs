@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use vbd_daemon::config::{Config, DiskConfig};
 use vbd_daemon::xen;
-use vbd_fs::BuildOptions;
+use vbd_fs::{BuildOptions, ImageSize};
 
 use super::serving;
 use crate::UsageError;
@@ -70,10 +70,12 @@ fn make_missing(disks: &[DiskConfig]) -> anyhow::Result<()> {
         eprintln!("vbd: {}: making {} from {}", disk.name, disk.path.display(), spec.from);
         let mut bar = Bar::new(cancel.clone());
         let options = BuildOptions {
-            size: image.size.bytes(),
+            size: ImageSize::Fixed(image.size.bytes()),
             spec: spec.clone(),
             tailor: image.tailor.clone(),
             force: false,
+            time: super::build::time()?,
+            threads: None,
             helper: super::build::helper()?,
         };
         let built = vbd_fs::build(&disk.path, &options, &mut bar);

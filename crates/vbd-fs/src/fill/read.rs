@@ -1,0 +1,415 @@
+//! The threads that read files: each takes the next ones in order, and what it read waits for its turn.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags, SeekFrom};
+
+use super::base::Base;
+use super::blocks::{Blocks, PIECE, Piece, SIZE};
+use crate::entry::{Meta, Xattr};
+use crate::plan::{BLOCK, Body, Data, NameId, NodeId, Plan};
+use crate::sys::{self, Stat, View};
+
+/// Files that are read as one.
+const FILES: usize = 64;
+/// How many parts may be read before the first of them is written.
+const AHEAD: u64 = 8;
+/// Files from this size on share their blocks with the image, where they can: below, copying is as quick.
+const SHARED: u64 = 64 << 10;
+/// How often the wish to stop is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// What is read at once.
+#[derive(Debug)]
+pub(super) enum Item {
+    /// Small files, by their numbers in the list.
+    Files(Range<usize>),
+    /// A part of a large one, and whether it is the last.
+    Part { job: usize, range: Range<u64>, last: bool },
+    /// One that is to share its blocks.
+    Whole(usize),
+}
+
+/// What came of an item.
+pub(super) struct Output {
+    pub(super) item: Item,
+    pub(super) blocks: Blocks,
+    pub(super) files: Vec<Read>,
+}
+
+/// A file, or a part of one, that was read.
+pub(super) struct Read {
+    pub(super) job: usize,
+    pub(super) pieces: Vec<Piece>,
+    /// Bytes in the output's blocks.
+    pub(super) held: usize,
+    /// Bytes that were read.
+    pub(super) read: u64,
+    pub(super) state: State,
+}
+
+pub(super) enum State {
+    /// As it was opened; nothing more is to be looked at where it is no file of the source.
+    Read(Option<Opened>),
+    /// It is not as it was found, in a way that asks for reading it anew.
+    Changed,
+    Failed(io::Error),
+}
+
+/// A file of the source while it is read.
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) stat: Stat,
+    /// Its attributes, where they are not those that were found first.
+    pub(super) fresh: Option<(Meta, Vec<Xattr>)>,
+}
+
+/// Gives out what is to be read, in order.
+struct Feeder<'a> {
+    source: Source<'a>,
+    jobs: &'a [NodeId],
+    share: bool,
+    at: usize,
+    /// How far the large file at `at` was given out.
+    within: u64,
+    /// That file, if it has holes to be leapt over.
+    sparse: Option<File>,
+}
+
+/// Where content is.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) base: Option<&'a Base>,
+    pub(super) spool: Option<&'a File>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn file(&self, node: NodeId) -> (u64, &'a Data) {
+        match &self.plan.node(node).body {
+            Body::File { size, data } => (*size, data),
+            _ => (0, &Data::Hole),
+        }
+    }
+}
+
+impl Feeder<'_> {
+    fn next(&mut self) -> Option<Item> {
+        let job = self.at;
+        let (size, data) = self.source.file(*self.jobs.get(job)?);
+        let origin = matches!(data, Data::Origin(_));
+        if origin && self.share && size >= SHARED {
+            self.at += 1;
+            return Some(Item::Whole(job));
+        }
+        if size > PIECE as u64 {
+            return Some(self.part(job, size, data));
+        }
+        let (mut end, mut sum) = (job, 0);
+        while end < self.jobs.len() && end - job < FILES {
+            let (size, data) = self.source.file(self.jobs[end]);
+            let whole = self.share && size >= SHARED && matches!(data, Data::Origin(_));
+            let more = size.next_multiple_of(BLOCK);
+            if whole || sum + more > PIECE as u64 {
+                break;
+            }
+            sum += more;
+            end += 1;
+        }
+        self.at = end;
+        Some(Item::Files(job..end))
+    }
+
+    fn part(&mut self, job: usize, size: u64, data: &Data) -> Item {
+        if self.within == 0 {
+            self.sparse = self.with_holes(size, data);
+        }
+        let start = match &self.sparse {
+            Some(file) => match rustix::fs::seek(file, SeekFrom::Data(self.within)) {
+                Ok(start) => start - start % BLOCK,
+                Err(rustix::io::Errno::NXIO) => size,
+                // Whatever it is, reading will tell.
+                Err(_) => self.within,
+            },
+            None => self.within,
+        };
+        let start = start.clamp(self.within, size.max(self.within));
+        let end = start.saturating_add(PIECE as u64).min(size).max(start);
+        let last = end == size || start >= size;
+        (self.at, self.within) = if last { (job + 1, 0) } else { (job, end) };
+        if last {
+            self.sparse = None;
+        }
+        Item::Part { job, range: start..end, last }
+    }
+
+    /// A file of the source that takes clearly less than its size.
+    fn with_holes(&self, size: u64, data: &Data) -> Option<File> {
+        let Data::Origin(origin) = data else { return None };
+        let origin = self.source.plan.origin(*origin);
+        if origin.stored + (PIECE as u64) >= size {
+            return None;
+        }
+        self.source.base?.open_file(&self.source.plan.path(origin.name)).ok()
+    }
+}
+
+struct Shared<'a> {
+    feeder: Feeder<'a>,
+    /// Numbers of the next item to be given out, and to be taken.
+    next: u64,
+    taken: u64,
+    done: BTreeMap<u64, Output>,
+    spare: Vec<Blocks>,
+    ended: bool,
+    stop: bool,
+    failed: bool,
+}
+
+/// What the threads share.
+pub(super) struct Reading<'a> {
+    source: Source<'a>,
+    jobs: &'a [NodeId],
+    state: Mutex<Shared<'a>>,
+    changed: Condvar,
+}
+
+/// What is next for the one who takes.
+pub(super) enum Next {
+    Output(Output),
+    /// Not yet: look whether to stop.
+    Wait,
+    End,
+}
+
+impl<'a> Reading<'a> {
+    pub(super) fn new(source: Source<'a>, jobs: &'a [NodeId], share: bool) -> Reading<'a> {
+        let feeder = Feeder { source, jobs, share, at: 0, within: 0, sparse: None };
+        let state = Shared {
+            feeder,
+            next: 0,
+            taken: 0,
+            done: BTreeMap::new(),
+            spare: Vec::new(),
+            ended: false,
+            stop: false,
+            failed: false,
+        };
+        Reading { source, jobs, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared<'a>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next output, in the order of the list.
+    pub(super) fn next(&self) -> io::Result<Next> {
+        let mut state = self.lock();
+        if let Some(output) = {
+            let taken = state.taken;
+            state.done.remove(&taken)
+        } {
+            state.taken += 1;
+            drop(state);
+            self.changed.notify_all();
+            return Ok(Next::Output(output));
+        }
+        if state.failed {
+            return Err(io::Error::other("a thread that reads files ended early"));
+        }
+        if state.ended && state.taken == state.next {
+            return Ok(Next::End);
+        }
+        drop(self.changed.wait_timeout(state, TICK));
+        Ok(Next::Wait)
+    }
+
+    /// Gives a buffer back.
+    pub(super) fn spare(&self, blocks: Blocks) {
+        self.lock().spare.push(blocks);
+    }
+
+    /// Ends the threads.
+    pub(super) fn stop(&self) {
+        self.lock().stop = true;
+        self.changed.notify_all();
+    }
+
+    /// What a thread does.
+    pub(super) fn work(&self) {
+        let _guard = Ending(self);
+        let mut directory = None;
+        loop {
+            let mut state = self.lock();
+            let (number, item, blocks) = loop {
+                if state.stop || state.ended {
+                    return;
+                }
+                if state.next < state.taken + AHEAD {
+                    let Some(item) = state.feeder.next() else {
+                        state.ended = true;
+                        drop(state);
+                        self.changed.notify_all();
+                        return;
+                    };
+                    state.next += 1;
+                    break (state.next - 1, item, state.spare.pop().unwrap_or_default());
+                }
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(state);
+            let output = self.read(item, blocks, &mut directory);
+            self.lock().done.insert(number, output);
+            self.changed.notify_all();
+        }
+    }
+
+    fn read(&self, item: Item, mut blocks: Blocks, directory: &mut Option<(NodeId, OwnedFd)>) -> Output {
+        blocks.clear();
+        let mut files = Vec::new();
+        let jobs = match &item {
+            Item::Files(jobs) => jobs.clone(),
+            Item::Part { job, .. } => *job..*job + 1,
+            Item::Whole(_) => 0..0,
+        };
+        for job in jobs {
+            let start = blocks.bytes.len();
+            let part = match &item {
+                Item::Part { range, .. } => Some(range.clone()),
+                _ => None,
+            };
+            let (read, state) = match self.file(job, part, &mut blocks, directory) {
+                Ok(done) => done,
+                Err(error) => {
+                    blocks.bytes.truncate(start);
+                    blocks.pieces.clear();
+                    (0, State::Failed(error))
+                }
+            };
+            let (pieces, held) = (std::mem::take(&mut blocks.pieces), blocks.bytes.len() - start);
+            files.push(Read { job, pieces, held, read, state });
+        }
+        Output { item, blocks, files }
+    }
+
+    fn file(
+        &self,
+        job: usize,
+        part: Option<Range<u64>>,
+        blocks: &mut Blocks,
+        directory: &mut Option<(NodeId, OwnedFd)>,
+    ) -> io::Result<(u64, State)> {
+        let start = blocks.bytes.len();
+        let (size, data) = self.source.file(self.jobs[job]);
+        let whole = part.is_none();
+        let range = part.unwrap_or(0..size);
+        let opened = match (data, self.source.base, self.source.spool) {
+            (Data::Origin(origin), Some(base), _) => {
+                let origin = self.source.plan.origin(*origin);
+                let file = self.open(base, origin.name, directory)?;
+                let stat = sys::stat_at(file.as_fd(), OsStr::new(""), View::Kernel)?;
+                let same = (stat.inode, stat.ctime, stat.size) == (origin.inode, origin.ctime, size);
+                if !stat.is_file() || (!same && (!whole || stat.size > PIECE as u64)) {
+                    return Ok((0, State::Changed));
+                }
+                let fresh = if same { None } else { Some((base.meta(&stat), attributes(&file)?)) };
+                Some(Opened { file, stat, fresh })
+            }
+            (Data::Bytes(bytes), ..) => {
+                blocks.bytes.extend_from_slice(bytes);
+                None
+            }
+            (Data::Spooled(runs), _, Some(spool)) => {
+                read_spool(spool, runs.as_slice(), &range, blocks)?;
+                None
+            }
+            _ => return Err(io::Error::other("content that is nowhere")),
+        };
+        let mut read = 0;
+        if let Some(Opened { file, stat, .. }) = &opened {
+            let range = if whole { 0..stat.size } else { range.clone() };
+            read = read_range(file, &range, &mut blocks.bytes)?;
+        }
+        blocks.seal(start, range.start / BLOCK)?;
+        Ok((read, State::Read(opened)))
+    }
+
+    /// Opens a file in its directory, which is kept for the next one.
+    fn open(&self, base: &Base, name: NameId, directory: &mut Option<(NodeId, OwnedFd)>) -> io::Result<File> {
+        let plan = self.source.plan;
+        let parent = plan.parent(name);
+        let fd = match directory {
+            Some((known, fd)) if *known == parent => fd,
+            _ => &directory.insert((parent, base.open_directory(&plan.directory_path(parent))?)).1,
+        };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(fd, OsStr::from_bytes(plan.name(name)), flags, Mode::empty());
+        Ok(File::from(opened?))
+    }
+}
+
+/// A thread that panics must not be waited for.
+struct Ending<'a, 'b>(&'a Reading<'b>);
+
+impl Drop for Ending<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().failed = true;
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+/// All extended attributes of an open file.
+pub(super) fn attributes(file: &File) -> io::Result<Vec<Xattr>> {
+    sys::xattrs_of(file.as_fd())
+}
+
+/// Appends what is in `range` of a file, or up to its end; returns how much that was.
+fn read_range(file: &File, range: &Range<u64>, bytes: &mut Vec<u8>) -> io::Result<u64> {
+    let start = bytes.len();
+    let length = usize::try_from(range.end - range.start).unwrap_or(PIECE);
+    bytes.resize(start + length, 0);
+    let mut filled = 0;
+    while filled < length {
+        match file.read_at(&mut bytes[start + filled..], range.start + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    bytes.truncate(start + filled);
+    Ok(filled as u64)
+}
+
+/// Appends the blocks of `range`, holes as zeros.
+fn read_spool(
+    spool: &File,
+    runs: &[crate::plan::Run],
+    range: &Range<u64>,
+    blocks: &mut Blocks,
+) -> io::Result<()> {
+    let start = blocks.bytes.len();
+    let length = usize::try_from(range.end - range.start).unwrap_or(PIECE).next_multiple_of(SIZE);
+    blocks.bytes.resize(start + length, 0);
+    let end = range.start + length as u64;
+    for run in runs {
+        let (from, until) = (run.bytes().start.max(range.start), run.bytes().end.min(end));
+        if from < until {
+            let at = start + usize::try_from(from - range.start).unwrap_or(0);
+            let to = start + usize::try_from(until - range.start).unwrap_or(0);
+            spool.read_exact_at(&mut blocks.bytes[at..to], run.block * BLOCK + (from - run.bytes().start))?;
+        }
+    }
+    Ok(())
+}
