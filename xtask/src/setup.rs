@@ -51,10 +51,12 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 23] = [
+const NEEDS: [Need; 25] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
-    need(Sign::Program("fakeroot"), "fakeroot", "owners in an image without being root"),
+    need(Sign::Program("fakeroot"), "fakeroot", "owners in ext2 and ext3 without being root"),
+    need(Sign::Program("mkfs.xfs"), "xfsprogs", "a filesystem that shares blocks"),
+    need(Sign::Program("mkfs.btrfs"), "btrfs-progs", "another one"),
     need(Sign::Program("mmdebstrap"), "mmdebstrap", "root trees of Debian"),
     need(Sign::Program("newuidmap"), "uidmap", "mmdebstrap without root"),
     need(Sign::Program("xz"), "xz-utils", "unpacking kernel modules"),

@@ -37,6 +37,7 @@ pub(crate) use base::Base;
 use copy::{Way, copy};
 use identity::Identity;
 pub(crate) use scan::Unwanted;
+pub(crate) use store::Discard;
 #[cfg(test)]
 pub(crate) use store::Memory;
 use store::{Allocate, Endless, Extent, Nowhere, Store};
@@ -356,19 +357,31 @@ impl<'a> Maker<'a> {
         let needs = room::of(&gathered.plan, &measure)?;
         let blocks = needs.own.blocks + needs.content;
         let room = Room { blocks: blocks + spare.blocks(blocks, BLOCK), inodes: needs.own.inodes };
-        let found = self.holds(room)?;
-        let size = found.max(minimum.unwrap_or(0));
+        // As many inodes as the content needs, however few its bytes are.
+        let smallest = Layout::smallest(room.blocks, room.inodes, &self.settings).map_err(invalid)?;
+        let usual = |size: u64| size / self.settings.bytes_per_inode;
+        let sized = |size: u64| {
+            let inodes = self.settings.inodes.unwrap_or(0).max(smallest.inodes()).max(usual(size));
+            Layout::new(&Settings { size, inodes: Some(inodes), ..self.settings.clone() })
+        };
+        let mut size = smallest.bytes().next_multiple_of(MIB).max(minimum.unwrap_or(0));
         if let Some(maximum) = maximum.filter(|&maximum| size > maximum) {
-            let layout = Layout::new(&Settings { size: maximum, ..self.settings.clone() });
-            let Ok(layout) = layout else {
-                return Err(Error::Invalid(format!("{} are too few for ext4", Human(maximum))));
+            size = maximum;
+        }
+        loop {
+            let fits =
+                |layout: &Layout| room.blocks <= layout.free_blocks() && room.inodes <= layout.free_inodes();
+            let layout = match sized(size) {
+                Ok(layout) if fits(&layout) => return Ok(layout),
+                Err(error) if Some(size) == maximum => return Err(self.no_layout(size, error)),
+                other => other,
             };
-            if room.blocks > layout.free_blocks() || room.inodes > layout.free_inodes() {
+            if let Some(maximum) = maximum.filter(|&maximum| size >= maximum) {
+                let layout = layout.map_err(|e| self.no_layout(maximum, e))?;
                 return Err(self.shortage(room, &layout));
             }
-            return Ok(layout);
+            size = (size + MIB).min(maximum.unwrap_or(u64::MAX));
         }
-        Layout::new(&Settings { size, ..self.settings.clone() }).map_err(invalid)
     }
 
     /// The smallest size, a whole number of MiB, that has so much free.

@@ -140,7 +140,7 @@ pub(crate) fn scan(
             let sender = sender.clone();
             let queue = &queue;
             scope.spawn(move || {
-                let worker = Worker { base, unwanted, queue, sender };
+                let worker = Worker { base, unwanted, queue, ordinary: sys::user() != 0, sender };
                 while let Some(task) = queue.next() {
                     if !worker.work(task) {
                         break;
@@ -165,6 +165,8 @@ struct Worker<'a> {
     base: &'a Base,
     unwanted: &'a Unwanted,
     queue: &'a Queue,
+    /// Not root, who may read everything.
+    ordinary: bool,
     /// What was found, and whether that ends a task.
     sender: SyncSender<(Found, bool)>,
 }
@@ -232,7 +234,7 @@ impl Worker<'_> {
         if self.unwanted.skip.contains(&stat.key()) {
             return Ok(None);
         }
-        if stat.is_file() && sys::user() != 0 {
+        if stat.is_file() && self.ordinary {
             rustix::fs::accessat(directory, name, Access::READ_OK, AtFlags::EACCESS)?;
         }
         let target = stat

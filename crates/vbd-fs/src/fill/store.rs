@@ -270,9 +270,36 @@ impl<A: Allocate> Contents for Store<A> {
     }
 }
 
+/// Content that is read, and of which nothing is kept.
+pub(crate) struct Discard;
+
+impl Contents for Discard {
+    fn put(&mut self, content: &mut dyn Content, path: &Path, progress: &mut dyn Progress) -> Result<Data> {
+        let read = each_part(content, &mut Blocks::default(), |_, read| {
+            progress.advance(read);
+            if progress.cancelled() { Err(Error::Interrupted) } else { Ok(()) }
+        });
+        read?.at("read", path)?;
+        Ok(Data::Hole)
+    }
+
+    fn release(&mut self, _data: &Data) {}
+
+    fn read(&self, _data: &Data, _size: usize) -> io::Result<Vec<u8>> {
+        Err(io::Error::other("nothing is kept here"))
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_full(&self) -> bool {
+        false
+    }
+}
+
 /// Content in memory, for tests.
 #[cfg(test)]
-#[derive(Default)]
 pub(crate) struct Memory;
 
 #[cfg(test)]

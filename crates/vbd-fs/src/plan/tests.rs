@@ -78,7 +78,7 @@ proptest! {
             let directory = tempfile::tempdir().unwrap();
             let fd = OwnedFd::from(std::fs::File::open(directory.path()).unwrap());
             let mut real = TreeRoot::new(fd);
-            let mut memory = Memory::default();
+            let mut memory = Memory;
             let plan = Plan::new(meta(0o755), None);
             let mut planned = Gather::new(plan, &mut memory, None, LIMIT, Time::default());
             for change in &all {
@@ -101,7 +101,7 @@ fn fifo<'a>() -> Kind<'a> {
 
 #[test]
 fn names_and_links_are_counted_and_ordered() {
-    let mut memory = Memory::default();
+    let mut memory = Memory;
     let mut gather = Gather::new(Plan::new(meta(0o755), None), &mut memory, None, LIMIT, Time::default());
     add(&mut gather, "b/x", fifo()).unwrap();
     add(&mut gather, "a", Kind::Symlink(Path::new("b"))).unwrap();
@@ -155,7 +155,7 @@ fn attributes_are_kept_once_and_times_have_a_limit() {
 /// Entries beyond what there is room for are counted, and take no memory.
 #[test]
 fn what_is_beyond_the_limit_is_counted() {
-    let mut memory = Memory::default();
+    let mut memory = Memory;
     let limit = Limit { inodes: 10, bytes: 1 << 20 };
     let mut gather = Gather::new(Plan::new(meta(0o755), None), &mut memory, None, limit, Time::default());
     for i in 0..1000 {

@@ -13,8 +13,9 @@ mod pax;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::entry::{Counts, Entry, Meta, Node, Sink, Special, Xattr};
-use crate::meter::{Count, Geometry, Meter};
+use crate::entry::{Counts, Entry, Meta, Node, Sink, Special, Time, Xattr};
+use crate::fill::Discard;
+use crate::plan::{Gather, Limit, Plan};
 use crate::{Error, Progress, Result, Silent};
 
 use content::Extents;
@@ -143,8 +144,10 @@ fn damaged(archive: &str, entry: &Path, reason: String) -> Error {
 ///
 /// As for a build from that archive.
 pub fn check(mut reader: impl Read) -> Result<Counts> {
-    let geometry = Geometry { block_size: 4096, xattr_space: 92, extents: true };
-    let mut sink = Count { meter: Meter::new(geometry) };
-    unpack(&mut reader, "archive", &mut sink, &mut Silent)?;
-    Ok(sink.meter.counts())
+    let root = Meta { mode: 0o755, ..Meta::default() };
+    let mut contents = Discard;
+    let limit = Limit { inodes: u32::MAX.into(), bytes: u64::MAX };
+    let mut gather = Gather::new(Plan::new(root, None), &mut contents, None, limit, Time::default());
+    unpack(&mut reader, "archive", &mut gather, &mut Silent)?;
+    Ok(gather.plan.counts())
 }

@@ -11,7 +11,7 @@ use super::setting::{MIB, Scratch, as_ordinary_user, build, is_root, options};
 use super::{image, setting};
 
 /// Names the entries that differ, for a whole tree is too long to look at.
-fn assert_same(tree: &Tree, image: &Tree) {
+pub(crate) fn assert_same(tree: &Tree, image: &Tree) {
     let names =
         |tree: &Tree| tree.keys().map(|k| String::from_utf8_lossy(k).into_owned()).collect::<Vec<_>>();
     assert_eq!(names(tree), names(image));

@@ -3,11 +3,14 @@
 mod compare;
 mod image;
 mod interrupted;
+mod kernel;
 mod properties;
 mod refusals;
 mod room;
+mod same;
 mod sample;
 mod setting;
+mod settings;
 mod tailoring;
 
 /// Not a test: what a build starts under fakeroot, with this program as its helper.

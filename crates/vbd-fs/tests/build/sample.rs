@@ -55,7 +55,11 @@ fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 pub(crate) fn set_time(path: &Path, seconds: i64) {
-    let time = Timespec { tv_sec: seconds, tv_nsec: 123_456_789 };
+    set_precise_time(path, (seconds, 123_456_789));
+}
+
+pub(crate) fn set_precise_time(path: &Path, (seconds, nanoseconds): (i64, u32)) {
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() };
     let times = Timestamps { last_access: time, last_modification: time };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
