@@ -15,8 +15,8 @@ use crate::pattern::Patterns;
 use crate::process::Running;
 use crate::stage::{self, Done, From, Job, remote};
 use crate::{
-    BuildOptions, Counts, Error, Filesystem, ImageSize, Progress, Result, Source, Step, Time, bootstrap, sys,
-    tar,
+    BuildOptions, Counts, Error, Filesystem, ImageSize, PartitionReport, Progress, Result, Source, Step,
+    Time, bootstrap, disk, sys, tar,
 };
 
 /// What was built.
@@ -42,6 +42,9 @@ pub struct Report {
     pub counts: Counts,
     /// What was not as it should be, and did not stop the build.
     pub warnings: Vec<String>,
+    /// The partitions of a whole disk; none where one filesystem fills the file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub partitions: Vec<PartitionReport>,
 }
 
 /// Makes a file of `options.size` with a filesystem in it, filled and tailored, and gives it the name `path` when
@@ -55,48 +58,47 @@ pub struct Report {
 pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -> Result<Report> {
     options.spec.check()?;
     options.tailor.check()?;
+    if let Some(disk) = &options.spec.disk {
+        return disk::build(path, options, disk, progress);
+    }
     if options.size == ImageSize::Fixed(0) {
         return Err(Error::Invalid("the size is 0: a filesystem needs room".to_owned()));
     }
-    let replaced = std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-    let image = Draft::new(path, options.force)?;
+    let (image, skip) = begin(path, options.force)?;
     if let ImageSize::Fixed(size) = options.size {
         image.file().set_len(size).at(&format!("give {size} bytes to"), path)?;
     }
+    let place = Place { file: image.file(), offset: 0, directory: directory_of(path), skip };
+    let made = make(options, &place, progress)?;
+    finish(path, image, options, made, progress)
+}
+
+/// Begins an image, with the files (device, inode) that are no part of any source.
+pub(crate) fn begin(path: &Path, force: bool) -> Result<(Draft, Vec<Key>)> {
+    let replaced = std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let image = Draft::new(path, force)?;
     let mut skip = vec![key(image.file()).at("look at", path)?];
     skip.extend(replaced);
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let scratch = match std::env::var_os("TMPDIR") {
-        Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
-        _ => directory.to_owned(),
-    };
-    let (from, archive, bootstrap) = open(options, skip, progress)?;
-    let done = if options.spec.filesystem == Filesystem::Ext4 {
-        fill(options, from, archive, image.file(), (directory, &scratch), progress)
-    } else {
-        staged(options, from, archive, image.file(), scratch, progress)
-    };
-    if let Some(running) = bootstrap {
-        let cut_short =
-            |e: &Error| matches!(e, Error::Archive { reason, .. } if reason.starts_with(tar::TRUNCATED));
-        // Stopped at our end it is killed; where what it sent ends too early, how it failed is the error to tell.
-        if done.as_ref().err().is_none_or(cut_short) {
-            running.wait(progress, |_| {}).map_err(bootstrap::explain)?;
-        }
-    }
-    let done = done?;
+    Ok((image, skip))
+}
+
+/// Makes an image durable and gives it its name. The report has no partitions yet.
+pub(crate) fn finish(
+    path: &Path,
+    image: Draft,
+    options: &BuildOptions,
+    made: Made,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
     progress.step(Step::Sync, None);
     image.file().sync_all().at("make durable", path)?;
-    let superblock = Superblock::read(image.file()).at("read the filesystem made in", path)?;
     let metadata = image.file().metadata().at("look at", path)?;
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
     image.publish()?;
-    File::open(directory).and_then(|d| d.sync_all()).at("make durable the directory of", path)?;
+    File::open(directory_of(path)).and_then(|d| d.sync_all()).at("make durable the directory of", path)?;
+    let Made { done, superblock } = made;
     Ok(Report {
         path: path.to_owned(),
         size: metadata.len(),
@@ -108,7 +110,57 @@ pub fn build(path: &Path, options: &BuildOptions, progress: &mut dyn Progress) -
         free_inodes: superblock.free.inodes,
         counts: done.counts,
         warnings: done.warnings,
+        partitions: Vec::new(),
     })
+}
+
+/// The directory that a file is in.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Where a filesystem is made.
+pub(crate) struct Place<'a> {
+    /// The image, which reads as zeros there.
+    pub(crate) file: &'a File,
+    /// Where the filesystem begins in it, in bytes; 0 for ext2 and ext3.
+    pub(crate) offset: u64,
+    /// The directory of the image.
+    pub(crate) directory: &'a Path,
+    /// Files that are no part of any source.
+    pub(crate) skip: Vec<Key>,
+}
+
+/// A filesystem that was made.
+pub(crate) struct Made {
+    pub(crate) done: Done,
+    pub(crate) superblock: Superblock,
+}
+
+/// Makes a filesystem of `options.size`.
+pub(crate) fn make(options: &BuildOptions, place: &Place<'_>, progress: &mut dyn Progress) -> Result<Made> {
+    let scratch = match std::env::var_os("TMPDIR") {
+        Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
+        _ => place.directory.to_owned(),
+    };
+    let (from, archive, bootstrap) = open(options, place.skip.clone(), progress)?;
+    let done = if options.spec.filesystem == Filesystem::Ext4 {
+        fill(options, from, archive, place, &scratch, progress)
+    } else {
+        staged(options, from, archive, place.file, scratch, progress)
+    };
+    if let Some(running) = bootstrap {
+        let cut_short =
+            |e: &Error| matches!(e, Error::Archive { reason, .. } if reason.starts_with(tar::TRUNCATED));
+        // Stopped at our end it is killed; where what it sent ends too early, how it failed is the error to tell.
+        if done.as_ref().err().is_none_or(cut_short) {
+            running.wait(progress, |_| {}).map_err(bootstrap::explain)?;
+        }
+    }
+    let done = done?;
+    let superblock = Superblock::read(place.file, place.offset)
+        .at("read the filesystem made in", Path::new("the image"))?;
+    Ok(Made { done, superblock })
 }
 
 /// Makes ext4, from a plan in memory.
@@ -116,8 +168,8 @@ fn fill(
     options: &BuildOptions,
     from: From,
     archive: Option<File>,
-    image: &File,
-    (directory, scratch): (&Path, &Path),
+    place: &Place<'_>,
+    scratch: &Path,
     progress: &mut dyn Progress,
 ) -> Result<Done> {
     let making = Making {
@@ -126,9 +178,9 @@ fn fill(
         size: options.size,
         now: options.time.unwrap_or_else(Time::now),
         latest: options.time,
-        directory,
+        directory: place.directory,
         scratch,
-        offset: 0,
+        offset: place.offset,
         threads: options.threads,
     };
     let input = match (from, archive) {
@@ -144,7 +196,7 @@ fn fill(
             return Err(Error::Invalid(format!("{name}: there is nothing to read")));
         }
     };
-    let done = fill::make(&making, input, image, progress)?;
+    let done = fill::make(&making, input, place.file, progress)?;
     Ok(Done { counts: done.counts, warnings: done.warnings })
 }
 
@@ -188,7 +240,7 @@ fn staged(
 }
 
 /// A file's device and inode.
-type Key = (u64, u64);
+pub(crate) type Key = (u64, u64);
 
 fn key(file: &File) -> std::io::Result<Key> {
     file.metadata().map(|m| (m.dev(), m.ino()))

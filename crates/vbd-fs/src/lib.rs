@@ -9,6 +9,7 @@ mod build;
 mod builder;
 mod compress;
 mod digest;
+mod disk;
 mod entry;
 mod epoch;
 mod error;
@@ -34,6 +35,7 @@ mod walk;
 mod watched;
 
 pub use build::{Report, build};
+pub use disk::{Architecture, Boot, DiskSpec, Holds, PartitionReport, PartitionSpec, TableKind};
 pub use entry::{Counts, Meta, Time};
 pub use epoch::source_date_epoch;
 pub use error::{Error, Result, Shortage};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use vbd_image::size::Size;
 
-use crate::{Error, ImageSize, Result, Source, Tailor, Time};
+use crate::{DiskSpec, Error, ImageSize, Result, Source, Tailor, Time};
 
 /// A filesystem that can be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -166,6 +166,9 @@ pub struct BuildSpec {
     /// How much of a suite is installed; `important` where not given.
     #[serde(default)]
     pub variant: Option<Variant>,
+    /// A whole disk around the filesystem, which then is its root; the filesystem fills the file where not given.
+    #[serde(default)]
+    pub disk: Option<DiskSpec>,
 }
 
 impl BuildSpec {
@@ -194,6 +197,7 @@ impl BuildSpec {
             components: Vec::new(),
             packages: Vec::new(),
             variant: None,
+            disk: None,
         }
     }
 
@@ -207,6 +211,7 @@ impl BuildSpec {
         self.uuid.as_deref().map_or(Ok(()), check_uuid)?;
         self.reserved_percent.as_ref().map_or(Ok(()), check_reserved)?;
         self.inodes.as_ref().map_or(Ok(()), check_inodes)?;
+        self.disk.as_ref().map_or(Ok(()), DiskSpec::check)?;
         self.bytes_per_inode.as_ref().map_or(Ok(()), check_ratio)?;
         self.mount_options.as_ref().map_or(Ok(()), check_mount_options)?;
         self.root_mode.as_ref().map_or(Ok(()), check_mode)?;

@@ -40,7 +40,6 @@ impl Name {
     }
 
     /// The number as `UUID=` takes it.
-    #[cfg(test)]
     pub(crate) fn uuid(&self) -> String {
         format!("{:04X}-{:04X}", self.id >> 16, self.id & 0xFFFF)
     }
@@ -153,7 +152,7 @@ pub(crate) struct Volume<'a> {
 }
 
 impl<'a> Volume<'a> {
-    /// Makes one in `length` bytes of `file` from `start` on, which hold zeros. All in it gets the time `time`. FAT32
+    /// Makes one in `length` bytes of `file` from `start` on, which hold zeros, in sectors of `sector` bytes. All in it gets the time `time`. FAT32
     /// from 256 MiB on, FAT16 below.
     ///
     /// # Errors
@@ -163,6 +162,7 @@ impl<'a> Volume<'a> {
         file: &'a File,
         start: u64,
         length: u64,
+        sector: u64,
         name: &Name,
         time: Time,
     ) -> io::Result<Volume<'a>> {
@@ -172,7 +172,10 @@ impl<'a> Volume<'a> {
         }
         NOW.set(time);
         let section = || Section { file, start, length, position: 0 };
-        let options = fatfs::FormatVolumeOptions::new().volume_id(name.id).volume_label(name.label);
+        let options = fatfs::FormatVolumeOptions::new()
+            .bytes_per_sector(u16::try_from(sector).unwrap_or(512))
+            .volume_id(name.id)
+            .volume_label(name.label);
         fatfs::format_volume(section(), options)?;
         let options = fatfs::FsOptions::new().time_provider(&CLOCK);
         Ok(Volume { filesystem: fatfs::FileSystem::new(section(), options)? })

@@ -256,6 +256,9 @@ fn new_image(
             let span = build.span();
             let mut spec = build.into_inner();
             spec.check().map_err(|e| source.error(span.start, e.to_string()))?;
+            if let Some(disk) = &mut spec.disk {
+                disk.begin_paths_at(source.file.parent().unwrap_or(Path::new("")));
+            }
             match &mut spec.from {
                 vbd_fs::Source::Stdin => {
                     return of(span, "`from = \"-\"`: a configuration has no standard input, name a file");

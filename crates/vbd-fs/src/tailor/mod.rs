@@ -5,6 +5,7 @@
 mod accounts;
 mod files;
 mod fstab;
+mod grub;
 mod identity;
 mod network;
 mod root;
@@ -45,7 +46,9 @@ impl Tailor {
         if let Some(console) = &self.serial_console {
             systemd::check_console(console)?;
         }
+        self.xen_boot.as_deref().map_or(Ok(()), grub::check)?;
         let paths = self.write.iter().chain(&self.append).map(|t| t.path.as_str());
+        let paths = paths.chain(self.directories.iter().map(String::as_str));
         let paths = paths
             .chain(self.copy_in.iter().map(|c| c.to.as_str()))
             .chain(self.remove.iter().map(|r| r.as_str()));
@@ -72,6 +75,9 @@ impl Tailor {
         if !self.fstab.is_empty() {
             put(root, "/etc/fstab", fstab::text(&self.fstab, filesystem).as_bytes(), 0o644)?;
         }
+        for directory in &self.directories {
+            make_directories(root, directory)?;
+        }
         for user in &self.user {
             accounts::add(root, user)?;
         }
@@ -81,7 +87,8 @@ impl Tailor {
         if let Some(network) = &self.network {
             network::set(root, network)?;
         }
-        files::apply(self, root)
+        files::apply(self, root)?;
+        self.xen_boot.as_deref().map_or(Ok(()), |line| grub::write(root, line))
     }
 }
 

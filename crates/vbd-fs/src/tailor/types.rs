@@ -14,6 +14,8 @@ use crate::Error;
 pub struct Tailor {
     /// The machine's name, for `/etc/hostname` and `/etc/hosts`; a dot makes it a full one.
     pub hostname: Option<String>,
+    /// Directories to make where they are missing, as root's with mode 0755, and those above them.
+    pub directories: Vec<String>,
     /// What `/etc/fstab` is to hold; it is left alone where nothing is named.
     pub fstab: Vec<Mount>,
     /// Users to make or to change.
@@ -24,6 +26,8 @@ pub struct Tailor {
     pub network: Option<Network>,
     /// Remove what makes a machine unique: machine-id, SSH host keys, the random seed. They are made anew at its start.
     pub reset_identity: bool,
+    /// Write `/boot/grub/grub.cfg` for Xen's pygrub and PV-GRUB, with this command line for each kernel in `/boot`.
+    pub xen_boot: Option<String>,
     /// Paths in the image to remove, with all below.
     pub remove: Vec<String>,
     /// Files and directories of the host to put into the image.

@@ -3,8 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// A GUID (RFC 9562). As text: `c12a7328-f81f-11d2-ba4b-00a0c93ec93b`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Guid(pub u128);
 
 impl Guid {
@@ -65,6 +68,20 @@ impl FromStr for Guid {
             && groups.iter().all(|group| group.bytes().all(|byte| byte.is_ascii_hexdigit()));
         let number = is_guid.then(|| u128::from_str_radix(&groups.concat(), 16).ok()).flatten();
         number.map(Guid).ok_or_else(|| NoGuid(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Guid {
+    type Error = NoGuid;
+
+    fn try_from(text: String) -> Result<Guid, NoGuid> {
+        text.parse()
+    }
+}
+
+impl From<Guid> for String {
+    fn from(guid: Guid) -> String {
+        guid.to_string()
     }
 }
 

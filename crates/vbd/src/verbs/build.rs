@@ -13,6 +13,8 @@ use vbd_image::size::{Human, Size};
 use crate::UsageError;
 use crate::progress::{Bar, stop_on_signals};
 
+use super::disk::DiskArgs;
+
 /// Make a disk file with a filesystem in it, filled from a tree, an archive or a suite.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -40,6 +42,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     filesystem: FilesystemArgs,
+    #[command(flatten)]
+    disk: DiskArgs,
     #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
@@ -242,7 +246,7 @@ fn octal(text: &str) -> Result<u32, String> {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let (filesystem, source) = (args.filesystem, args.source);
-    let spec = BuildSpec {
+    let mut spec = BuildSpec {
         filesystem: filesystem.filesystem,
         label: filesystem.label,
         uuid: filesystem.uuid,
@@ -266,10 +270,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         variant: source.variant,
         ..BuildSpec::new(args.from)
     };
+    let mut tailor = args.tailor.tailor()?;
+    spec.disk = args.disk.disk(&mut tailor)?;
     let options = BuildOptions {
         size: size(args.size, args.min_size, args.max_size)?,
         spec,
-        tailor: args.tailor.tailor()?,
+        tailor,
         force: args.force,
         time: time()?,
         threads: None,
@@ -312,4 +318,9 @@ fn print(report: &Report) {
         counts.hard_links,
         counts.special
     );
+    for partition in &report.partitions {
+        let kind = partition.filesystem.as_deref().map_or(String::new(), |kind| format!(", {kind}"));
+        let id = partition.partuuid.as_deref().map_or(String::new(), |id| format!(", PARTUUID {id}"));
+        println!("partition {}: {} {}{kind}{id}", partition.number, Human(partition.size), partition.kind);
+    }
 }

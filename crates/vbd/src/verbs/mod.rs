@@ -6,6 +6,7 @@ mod completions;
 mod control;
 mod create;
 mod detach;
+mod disk;
 mod grow;
 mod info;
 mod inside;
