@@ -1,6 +1,7 @@
 //! Builds, seen from outside: what is in an image, what is refused, and what is left behind.
 
 mod compare;
+mod disk;
 mod image;
 mod interrupted;
 mod kernel;
