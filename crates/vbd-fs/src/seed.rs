@@ -70,7 +70,7 @@ impl Seed {
         let request: Vec<u8> =
             files.iter().flat_map(|(name, text)| [name.as_bytes(), text].concat()).collect();
         let name = Name::new("CIDATA", Origin::new(&request).number("volume")).map_err(Error::Invalid)?;
-        let volume =
+        let mut volume =
             Volume::format(image.file(), 0, size, 512, &name, time).at("make a filesystem in", path)?;
         for (name, text) in &files {
             volume.add(name, &mut &text[..]).at(&format!("write {name} to"), path)?;

@@ -36,16 +36,16 @@ pub(crate) enum Booted {
 ///
 /// A kernel without anything to start it; no room; those of reading and writing.
 pub(crate) fn fill(
-    esp: &Volume<'_>,
-    tree: &mut dyn Tree,
+    esp: &mut Volume<'_>,
+    tree: &Tree,
     architecture: Architecture,
     command_line: &str,
     progress: &mut dyn Progress,
 ) -> Result<Booted> {
-    let names = tree.list("/boot", progress)?;
+    let names = tree.list("/boot")?;
     let kernels = kernels::find(names.iter().map(String::as_str));
-    let unified = unified(tree, progress)?;
-    let loader = loader(tree, architecture, progress)?;
+    let unified = unified(tree)?;
+    let loader = loader(tree, architecture)?;
     let fallback = format!("EFI/BOOT/BOOT{}.EFI", architecture.efi().to_ascii_uppercase());
 
     for path in &unified {
@@ -69,7 +69,7 @@ pub(crate) fn fill(
     copy(esp, tree, &loader, &format!("EFI/systemd/systemd-boot{}.efi", architecture.efi()), progress)?;
     add(esp, "loader/loader.conf", b"timeout 1\nconsole-mode keep\n")?;
     add(esp, "loader/entries.srel", b"type1\n")?;
-    let title = title(tree, progress)?;
+    let title = title(tree)?;
     for kernel in &kernels {
         entry(esp, tree, kernel, &title, command_line, progress)?;
     }
@@ -90,22 +90,18 @@ fn no_loader(kernel: &Kernel, architecture: Architecture) -> Error {
 }
 
 /// The path of systemd-boot in the tree; a signed one is preferred.
-fn loader(
-    tree: &mut dyn Tree,
-    architecture: Architecture,
-    progress: &mut dyn Progress,
-) -> Result<Option<String>> {
-    let names = tree.list(LOADERS, progress)?;
+fn loader(tree: &Tree, architecture: Architecture) -> Result<Option<String>> {
+    let names = tree.list(LOADERS)?;
     let name = format!("systemd-boot{}.efi", architecture.efi());
     let found = [format!("{name}.signed"), name].into_iter().find(|wanted| names.contains(wanted));
     Ok(found.map(|name| format!("{LOADERS}/{name}")))
 }
 
 /// The paths of unified kernel images in the tree, the newest by name first, each name once.
-fn unified(tree: &mut dyn Tree, progress: &mut dyn Progress) -> Result<Vec<String>> {
+fn unified(tree: &Tree) -> Result<Vec<String>> {
     let mut found: Vec<(String, String)> = Vec::new();
     for directory in UNIFIED {
-        for name in tree.list(directory, progress)? {
+        for name in tree.list(directory)? {
             let new = !found.iter().any(|(known, _)| known.eq_ignore_ascii_case(&name));
             if is_plain(&name) && name.to_ascii_lowercase().ends_with(".efi") && new {
                 let path = format!("{directory}/{name}");
@@ -119,8 +115,8 @@ fn unified(tree: &mut dyn Tree, progress: &mut dyn Progress) -> Result<Vec<Strin
 
 /// One kernel and its entry.
 fn entry(
-    esp: &Volume<'_>,
-    tree: &mut dyn Tree,
+    esp: &mut Volume<'_>,
+    tree: &Tree,
     kernel: &Kernel,
     title: &str,
     command_line: &str,
@@ -139,9 +135,9 @@ fn entry(
 }
 
 /// What the system calls itself, by os-release(5).
-fn title(tree: &mut dyn Tree, progress: &mut dyn Progress) -> Result<String> {
+fn title(tree: &Tree) -> Result<String> {
     for path in ["/usr/lib/os-release", "/etc/os-release"] {
-        let Some(file) = tree.open(path, progress)? else { continue };
+        let Some(file) = tree.open_file(path)? else { continue };
         let mut text = Vec::new();
         file.take(OS_RELEASE)
             .read_to_end(&mut text)
@@ -156,22 +152,19 @@ fn title(tree: &mut dyn Tree, progress: &mut dyn Progress) -> Result<String> {
     Ok("Linux".to_owned())
 }
 
-fn copy(
-    esp: &Volume<'_>,
-    tree: &mut dyn Tree,
-    from: &str,
-    to: &str,
-    progress: &mut dyn Progress,
-) -> Result<()> {
-    let Some(mut file) = tree.open(from, progress)? else {
-        return Err(Error::tailor("boot", format!("{from} of the tree cannot be read: is it a link?")));
+fn copy(esp: &mut Volume<'_>, tree: &Tree, from: &str, to: &str, progress: &mut dyn Progress) -> Result<()> {
+    let Some(mut file) = tree.open_file(from)? else {
+        return Err(Error::tailor("boot", format!("{from} is no file in the tree")));
     };
+    if progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
     let size = esp.add(to, &mut file).map_err(|e| full(to, e))?;
     progress.advance(size);
     Ok(())
 }
 
-fn add(esp: &Volume<'_>, path: &str, text: &[u8]) -> Result<()> {
+fn add(esp: &mut Volume<'_>, path: &str, text: &[u8]) -> Result<()> {
     esp.add(path, &mut &text[..]).map(|_| ()).map_err(|e| full(path, e))
 }
 

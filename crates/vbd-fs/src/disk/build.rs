@@ -11,7 +11,7 @@ use vbd_image::partition::Partition;
 use super::boot::{self, Booted};
 use super::plan::{Content, Plan, Uefi};
 use super::spec::{DiskSpec, PartitionSpec};
-use super::tree::Debugfs;
+use super::tree::Tree;
 use super::{place, swap};
 use crate::error::Context;
 use crate::staging::Staging;
@@ -62,12 +62,14 @@ pub(crate) fn build(
 
     let root = work.filesystem("root", plan.root()?, root_options(options, &plan), progress)?;
     let Report { counts, mut warnings, uuid, label, free_bytes, free_inodes, .. } = root.report;
+    progress.step(Step::Write, None);
+    work.place(&root.path, plan.root()?, progress)?;
     let mut partitions = Vec::new();
     for (partition, content) in plan.table.partitions.iter().zip(&plan.contents) {
         let (filesystem, id) = match content {
             Content::Root => (Some(options.spec.filesystem.name()), Some(uuid.clone())),
             Content::Esp(name) => {
-                work.esp(&plan, partition, name, &root.path, &mut warnings, progress)?;
+                work.esp(&plan, partition, name, &mut warnings, progress)?;
                 (Some("vfat"), Some(name.uuid()))
             }
             Content::Swap { uuid, label } => {
@@ -100,8 +102,6 @@ pub(crate) fn build(
             uuid: id,
         });
     }
-    progress.step(Step::Write, None);
-    work.place(&root.path, plan.root()?, progress)?;
     drop(work);
 
     progress.step(Step::Sync, None);
@@ -198,24 +198,24 @@ impl Work<'_> {
         Ok(path)
     }
 
-    /// Makes the EFI system partition, and fills it with what starts the system in the filesystem `root`.
+    /// Makes the EFI system partition, and fills it with what starts the system, which is in the root's
+    /// filesystem.
     fn esp(
         &self,
         plan: &Plan,
         partition: &Partition,
         name: &Name,
-        root: &Path,
         warnings: &mut Vec<String>,
         progress: &mut dyn Progress,
     ) -> Result<()> {
         let failed = |e| Error::io("cannot make the EFI system partition", e);
         let (start, size) = (partition.start, partition.size);
-        let esp =
+        let mut esp =
             Volume::format(self.image, start, size, plan.table.sector, name, self.time).map_err(failed)?;
         if plan.uefi != Uefi::Not {
-            progress.step(Step::Write, None);
-            let mut tree = Debugfs::new(root, self.staging.path());
-            let booted = boot::fill(&esp, &mut tree, plan.architecture, &plan.command_line, progress)?;
+            let root = plan.root()?;
+            let tree = Tree::open(self.image, root.start, root.size)?;
+            let booted = boot::fill(&mut esp, &tree, plan.architecture, &plan.command_line, progress)?;
             if booted == Booted::Nothing {
                 let nothing = "the tree has no kernel in /boot: the disk does not start by itself";
                 if plan.uefi == Uefi::Asked {
@@ -235,16 +235,16 @@ impl Work<'_> {
         let failed =
             |e| Error::io(format!("cannot make the filesystem of partition {}", partition.number), e);
         let (start, size) = (partition.start, partition.size);
-        let volume = Volume::format(self.image, start, size, sector, name, self.time).map_err(failed)?;
+        let mut volume = Volume::format(self.image, start, size, sector, name, self.time).map_err(failed)?;
         if let Some(from) = from {
-            copy_tree(&volume, from, "")?;
+            copy_tree(&mut volume, from, "")?;
         }
         volume.finish().map_err(failed)
     }
 }
 
 /// Copies the files below a directory; a FAT has neither links nor devices, nor owners and modes.
-fn copy_tree(volume: &Volume<'_>, directory: &Path, below: &str) -> Result<()> {
+fn copy_tree(volume: &mut Volume<'_>, directory: &Path, below: &str) -> Result<()> {
     let entries = std::fs::read_dir(directory).at("list", directory)?;
     let mut entries: Vec<_> = entries.collect::<std::io::Result<_>>().at("list", directory)?;
     entries.sort_by_key(std::fs::DirEntry::file_name);

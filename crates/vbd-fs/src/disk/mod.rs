@@ -1,7 +1,7 @@
 //! Whole disks: a partition table, an EFI system partition with a boot loader, swap, and filesystems.
 //!
-//! What goes where is decided first ([`plan`]), from the request alone; then each partition is made, the root last
-//! but for the files that start it, which are read out of it ([`boot`]).
+//! What goes where is decided first ([`plan`]), from the request alone; then the root is made, and the other
+//! partitions; the files that start the system are read out of the root ([`boot`]).
 
 mod boot;
 mod build;

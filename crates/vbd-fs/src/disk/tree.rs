@@ -1,65 +1,80 @@
-//! Reading out of a filesystem that was made.
+//! Reading out of the root filesystem that was made.
 
 use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read};
 
-use crate::error::Context;
-use crate::process::{Running, e2fsprogs};
-use crate::{Error, Progress, Result};
+use vbd_ext4::format::FileType;
+use vbd_ext4::read::{Error as ReadError, Filesystem, Inode, Links, Options, Part};
 
-/// A tree that is in an image, for whoever wants files of it. Paths are absolute; only plain names are asked for.
-pub(crate) trait Tree {
-    /// The names in a directory; none if there is no such directory.
-    fn list(&mut self, directory: &str, progress: &mut dyn Progress) -> Result<Vec<String>>;
-    /// A file's content; nothing if there is no such file.
-    fn open(&mut self, path: &str, progress: &mut dyn Progress) -> Result<Option<Box<dyn Read>>>;
+use crate::{Error, Result};
+
+/// A tree that is in an image, for whoever wants files of it. Paths are absolute, and links in them stay in the tree.
+pub(crate) struct Tree {
+    filesystem: Filesystem,
 }
 
-/// A tree in ext2, ext3 or ext4, read by debugfs.
-pub(crate) struct Debugfs<'a> {
-    image: &'a Path,
-    scratch: PathBuf,
+fn failed(what: &str) -> impl Fn(ReadError) -> Error + '_ {
+    move |e| Error::io(format!("cannot read {what} in the new filesystem"), io::Error::other(e))
 }
 
-impl<'a> Debugfs<'a> {
-    /// The filesystem that fills `image`; `scratch` is a directory for what is read.
-    pub(crate) fn new(image: &'a Path, scratch: &Path) -> Debugfs<'a> {
-        Debugfs { image, scratch: scratch.join("read") }
+impl Tree {
+    /// The tree in the ext2, ext3 or ext4 of `size` bytes from `start` on.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading.
+    pub(crate) fn open(image: &File, start: u64, size: u64) -> Result<Tree> {
+        let file = image.try_clone().map_err(|e| Error::io("cannot open the image again", e))?;
+        let part = Part::new(file, start, size);
+        Ok(Tree { filesystem: Filesystem::open(part, Options::default()).map_err(failed("the superblock"))? })
     }
 
-    /// What a request writes to its standard output.
-    fn ask(&self, request: &str, progress: &mut dyn Progress) -> Result<File> {
-        let output = tempfile::tempfile_in(self.scratch.parent().unwrap_or(Path::new(".")));
-        let output = output.at("make a file for", &self.scratch)?;
-        let mut command = e2fsprogs("debugfs");
-        command.arg("-R").arg(request).arg(self.image);
-        command.stdout(output.try_clone().at("make a file for", &self.scratch)?);
-        Running::start(&mut command, "e2fsprogs")?.wait(progress, |_| {})?;
-        let mut output = output;
-        std::io::Seek::rewind(&mut output).at("read", &self.scratch)?;
-        Ok(output)
-    }
-}
-
-impl Tree for Debugfs<'_> {
-    fn list(&mut self, directory: &str, progress: &mut dyn Progress) -> Result<Vec<String>> {
-        let mut text = Vec::new();
-        let read = self.ask(&format!("ls -p {directory}"), progress)?.take(16 << 20).read_to_end(&mut text);
-        read.map_err(|e| Error::io("cannot read what debugfs says", e))?;
-        // /INODE/MODE/UID/GID/NAME/SIZE/, a line each; a name with a newline has no plain part.
-        let text = String::from_utf8_lossy(&text);
-        let names = text.lines().filter_map(|line| line.strip_prefix('/')?.split('/').nth(4));
-        Ok(names.filter(|name| *name != "." && *name != "..").map(str::to_owned).collect())
-    }
-
-    fn open(&mut self, path: &str, progress: &mut dyn Progress) -> Result<Option<Box<dyn Read>>> {
-        let mut start = [0; 5];
-        let mut what = self.ask(&format!("stat {path}"), progress)?;
-        let found = what.read_exact(&mut start).is_ok() && &start == b"Inode";
-        if !found {
-            return Ok(None);
+    fn find(&self, path: &str) -> Result<Option<Inode>> {
+        match self.filesystem.lookup(path.as_bytes(), Links::Follow) {
+            Ok(inode) => Ok(Some(inode)),
+            Err(ReadError::NotFound(_) | ReadError::NotDirectory(_) | ReadError::Links(_)) => Ok(None),
+            Err(e) => Err(failed(path)(e)),
         }
-        Ok(Some(Box::new(self.ask(&format!("cat {path}"), progress)?)))
+    }
+
+    /// The names in a directory that are text, in their order; none if there is no such directory.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading.
+    pub(crate) fn list(&self, directory: &str) -> Result<Vec<String>> {
+        let found = self.find(directory)?.filter(|inode| inode.file_type() == FileType::Directory);
+        let Some(inode) = found else { return Ok(Vec::new()) };
+        let mut names = Vec::new();
+        for entry in self.filesystem.entries(&inode).map_err(failed(directory))? {
+            let name = String::from_utf8(entry.map_err(failed(directory))?.name);
+            names.extend(name.ok().filter(|name| name != "." && name != ".."));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// A file's content; nothing if there is no such file.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading.
+    pub(crate) fn open_file(&self, path: &str) -> Result<Option<impl Read + '_>> {
+        let found = self.find(path)?.filter(|inode| inode.file_type() == FileType::Regular);
+        Ok(found.map(|inode| Content { filesystem: &self.filesystem, inode, offset: 0 }))
+    }
+}
+
+struct Content<'a> {
+    filesystem: &'a Filesystem,
+    inode: Inode,
+    offset: u64,
+}
+
+impl Read for Content<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.filesystem.read_at(&self.inode, self.offset, buffer).map_err(io::Error::other)?;
+        self.offset += read as u64;
+        Ok(read)
     }
 }
