@@ -16,6 +16,8 @@ const TARGETS: [Target; 15] = [
     ("ext4_read", vbd_ext4::read::fuzz::read),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
+    ("oci_layers", vbd_fs::oci::fuzz_layers),
+    ("oci_manifest", vbd_fs::oci::fuzz),
     ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),

@@ -16,7 +16,7 @@ use crate::process::Running;
 use crate::stage::{self, Done, From, Job, remote};
 use crate::{
     BuildOptions, Counts, Error, Filesystem, ImageSize, PartitionReport, Progress, Result, Source, Step,
-    Time, bootstrap, disk, sys, tar,
+    Time, bootstrap, disk, oci, sys, tar,
 };
 
 /// What was built.
@@ -143,6 +143,17 @@ pub(crate) fn make(options: &BuildOptions, place: &Place<'_>, progress: &mut dyn
         Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
         _ => place.directory.to_owned(),
     };
+    if let Source::Image(reference) = &options.spec.from {
+        no_exclude(options)?;
+        if options.spec.filesystem != Filesystem::Ext4 {
+            let reason = format!("container images become ext4, not {}", options.spec.filesystem);
+            return Err(Error::Invalid(reason));
+        }
+        let image = oci::Image::open(reference)?;
+        let done = make_ext4(options, Input::Image(image), place, &scratch, progress)?;
+        let superblock = read_superblock(place)?;
+        return Ok(Made { done, superblock });
+    }
     let (from, archive, bootstrap) = open(options, place.skip.clone(), progress)?;
     let done = if options.spec.filesystem == Filesystem::Ext4 {
         fill(options, from, archive, place, &scratch, progress)
@@ -158,16 +169,43 @@ pub(crate) fn make(options: &BuildOptions, place: &Place<'_>, progress: &mut dyn
         }
     }
     let done = done?;
-    let superblock = Superblock::read(place.file, place.offset)
-        .at("read the filesystem made in", Path::new("the image"))?;
+    let superblock = read_superblock(place)?;
     Ok(Made { done, superblock })
 }
 
-/// Makes ext4, from a plan in memory.
+fn read_superblock(place: &Place<'_>) -> Result<Superblock> {
+    Superblock::read(place.file, place.offset).at("read the filesystem made in", Path::new("the image"))
+}
+
+/// Makes ext4 of a directory or an archive.
 fn fill(
     options: &BuildOptions,
     from: From,
     archive: Option<File>,
+    place: &Place<'_>,
+    scratch: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Done> {
+    let input = match (from, archive) {
+        (From::Directory { path, exclude, skip, live }, _) => {
+            let user = rustix::process::geteuid();
+            let to_root = (!user.is_root()).then(|| (user.as_raw(), rustix::process::getegid().as_raw()));
+            let base = Base::open(&path, to_root, live, options.spec.skip_unreadable)?;
+            let exclude = Patterns::new(exclude.iter().map(String::as_str));
+            Input::Directory(base, Unwanted { exclude, skip: skip.into_iter().collect() })
+        }
+        (From::Archive(name), Some(file)) => Input::Archive(name, file),
+        (From::Archive(name), None) => {
+            return Err(Error::Invalid(format!("{name}: there is nothing to read")));
+        }
+    };
+    make_ext4(options, input, place, scratch, progress)
+}
+
+/// Makes ext4, from a plan in memory.
+fn make_ext4(
+    options: &BuildOptions,
+    input: Input,
     place: &Place<'_>,
     scratch: &Path,
     progress: &mut dyn Progress,
@@ -182,19 +220,6 @@ fn fill(
         scratch,
         offset: place.offset,
         threads: options.threads,
-    };
-    let input = match (from, archive) {
-        (From::Directory { path, exclude, skip, live }, _) => {
-            let user = rustix::process::geteuid();
-            let to_root = (!user.is_root()).then(|| (user.as_raw(), rustix::process::getegid().as_raw()));
-            let base = Base::open(&path, to_root, live, options.spec.skip_unreadable)?;
-            let exclude = Patterns::new(exclude.iter().map(String::as_str));
-            Input::Directory(base, Unwanted { exclude, skip: skip.into_iter().collect() })
-        }
-        (From::Archive(name), Some(file)) => Input::Archive(name, file),
-        (From::Archive(name), None) => {
-            return Err(Error::Invalid(format!("{name}: there is nothing to read")));
-        }
     };
     let done = fill::make(&making, input, place.file, progress)?;
     Ok(Done { counts: done.counts, warnings: done.warnings })
@@ -272,6 +297,7 @@ fn open(
             let output = running.take_stdout().map(|out| File::from(OwnedFd::from(out)));
             Ok((From::Archive(format!("{} {suite}", distribution.name())), output, Some(running)))
         }
+        Source::Image(image) => Err(Error::Invalid(format!("{image} is no single archive"))),
         Source::Path(path) => {
             let unreadable = |e: std::io::Error| Error::Source {
                 path: path.clone(),

@@ -16,6 +16,7 @@ mod error;
 mod fill;
 pub mod inside;
 mod meter;
+pub mod oci;
 mod pattern;
 mod plan;
 mod process;

@@ -7,10 +7,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::oci::{ImageRef, ImageStore};
 
 /// Where the tree of a new filesystem comes from.
 ///
-/// As text: `-` for a tar on standard input, `debian:SUITE`, `ubuntu:SUITE`, and anything else is the path of a
+/// As text: `-` for a tar on standard input, `debian:SUITE`, `ubuntu:SUITE`, `oci:DIRECTORY[:NAME]` and
+/// `docker-archive:FILE[:NAME]` for container images, and anything else is the path of a
 /// directory or a tar (write `./debian:x` for a file of that name).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -19,6 +21,8 @@ pub enum Source {
     Path(PathBuf),
     /// A tar on standard input.
     Stdin,
+    /// A container image in a layout directory or an archive.
+    Image(ImageRef),
     /// A distribution's suite, installed afresh by mmdebstrap.
     Suite {
         /// Whose suite it is.
@@ -59,6 +63,12 @@ impl FromStr for Source {
         if text == "-" {
             return Ok(Source::Stdin);
         }
+        for store in [ImageStore::Layout, ImageStore::Archive] {
+            let rest = text.strip_prefix(store.prefix()).and_then(|rest| rest.strip_prefix(':'));
+            if let Some(rest) = rest {
+                return ImageRef::parse(store, rest).map(Source::Image);
+            }
+        }
         for distribution in [Distribution::Debian, Distribution::Ubuntu] {
             let suite = text.strip_prefix(distribution.name()).and_then(|rest| rest.strip_prefix(':'));
             let Some(suite) = suite else { continue };
@@ -79,6 +89,7 @@ impl fmt::Display for Source {
         match self {
             Source::Path(path) => write!(f, "{}", path.display()),
             Source::Stdin => f.write_str("-"),
+            Source::Image(image) => image.fmt(f),
             Source::Suite { distribution, suite } => write!(f, "{}:{suite}", distribution.name()),
         }
     }

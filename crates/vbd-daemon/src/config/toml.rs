@@ -264,6 +264,7 @@ fn new_image(
                     return of(span, "`from = \"-\"`: a configuration has no standard input, name a file");
                 }
                 vbd_fs::Source::Path(path) => *path = below(source.file, path),
+                vbd_fs::Source::Image(image) => image.path = below(source.file, &image.path),
                 vbd_fs::Source::Suite { .. } => {}
             }
             Some(spec)

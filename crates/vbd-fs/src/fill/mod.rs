@@ -30,7 +30,7 @@ use crate::tailor::Root as _;
 use crate::tar::{self, NamedAcl};
 use crate::watched::Watched;
 use crate::{
-    BuildSpec, Counts, Error, Filesystem, ImageSize, Progress, Result, Shortage, Step, Tailor, compress,
+    BuildSpec, Counts, Error, Filesystem, ImageSize, Progress, Result, Shortage, Step, Tailor, compress, oci,
 };
 
 pub(crate) use base::Base;
@@ -69,6 +69,8 @@ pub(crate) enum Input {
     Directory(Base, Unwanted),
     /// A tar with its name for messages.
     Archive(String, File),
+    /// A container image.
+    Image(oci::Image),
 }
 
 /// What was made.
@@ -230,6 +232,17 @@ impl<'a> Maker<'a> {
                 gather.contents.flush()?;
                 if gather.beyond == (0, 0) && !gather.contents.is_full() {
                     name_acls(&named, &name, &mut gather)?;
+                    progress.step(Step::Tailor, None);
+                    making.tailor.apply(&mut gather, Filesystem::Ext4)?;
+                }
+                (gather.plan, Vec::new(), None, gather.beyond)
+            }
+            Input::Image(image) => {
+                let mut gather = Gather::new(plan, store, None, limit, making.now);
+                let named = image.unpack(&mut gather, progress)?;
+                gather.contents.flush()?;
+                if gather.beyond == (0, 0) && !gather.contents.is_full() {
+                    name_acls(&named, "the image", &mut gather)?;
                     progress.step(Step::Tailor, None);
                     making.tailor.apply(&mut gather, Filesystem::Ext4)?;
                 }

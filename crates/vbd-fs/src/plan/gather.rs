@@ -57,6 +57,11 @@ impl<'a> Gather<'a> {
         Gather { plan, contents, source, limit, beyond: (0, 0), now, latest: None }
     }
 
+    /// A directory may be gone: the way to the next entry is looked for anew.
+    pub(crate) fn forget(&mut self) {
+        self.latest = None;
+    }
+
     /// The node at a path, by its own names and through no link.
     pub(crate) fn at(&self, path: &Path) -> Option<NodeId> {
         path.components().try_fold(self.plan.root(), |directory, name| {

@@ -5,6 +5,7 @@ mod disk;
 mod image;
 mod interrupted;
 mod kernel;
+mod oci;
 mod properties;
 mod refusals;
 mod room;

@@ -1,0 +1,71 @@
+//! Digests of what is read.
+
+use std::io::{self, Read};
+use std::str::FromStr;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::digest::hex;
+
+/// A SHA-256, as `sha256:` and 64 digits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Digest(String);
+
+impl Digest {
+    /// Where the blob is in a layout.
+    pub(super) fn path(&self) -> String {
+        format!("blobs/sha256/{}", self.0)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Digest, String> {
+        let digits = text.strip_prefix("sha256:").ok_or_else(|| format!("{text:?} is no SHA-256 digest"))?;
+        let plain = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if digits.len() != 64 || !digits.bytes().all(plain) {
+            return Err(format!("{text:?} is no SHA-256 digest: 64 hexadecimal digits"));
+        }
+        Ok(Digest(digits.to_owned()))
+    }
+}
+
+/// A reader that takes the digest of what it reads.
+pub(super) struct Hashing<R> {
+    reader: R,
+    state: Sha256,
+}
+
+impl<R: Read> Hashing<R> {
+    pub(super) fn new(reader: R) -> Hashing<R> {
+        Hashing { reader, state: Sha256::new() }
+    }
+
+    /// Reads to the end.
+    pub(super) fn drain(&mut self) -> io::Result<()> {
+        io::copy(self, &mut io::sink()).map(|_| ())
+    }
+
+    /// Whether what was read is what it should be.
+    pub(super) fn check(&self, wanted: Option<&Digest>) -> io::Result<()> {
+        let Some(Digest(wanted)) = wanted else { return Ok(()) };
+        let found: [u8; 32] = self.state.clone().finalize().into();
+        let found = hex(&found);
+        if found == *wanted {
+            return Ok(());
+        }
+        let reason = format!(
+            "is damaged or not what it says: its digest is sha256:{found} and must be sha256:{wanted}"
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidData, reason))
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        self.state.update(&buffer[..read]);
+        Ok(read)
+    }
+}
