@@ -9,7 +9,7 @@ use vbd_testing::corpus;
 /// A fuzz target and what it calls.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 15] = [
+const TARGETS: &[Target] = &[
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
@@ -32,7 +32,7 @@ const TARGETS: [Target; 15] = [
 #[test]
 fn every_kept_input_is_answered() {
     for (target, call) in TARGETS {
-        corpus::replay(target, call);
+        corpus::replay(target, *call);
     }
 }
 

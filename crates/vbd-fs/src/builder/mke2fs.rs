@@ -79,7 +79,7 @@ impl Builder for Mke2fs {
             }
             other => other,
         })?;
-        let superblock = Superblock::read(&image).at("read the filesystem made in", scratch)?;
+        let superblock = Superblock::read(&image, 0).at("read the filesystem made in", scratch)?;
         Ok((superblock.geometry(), superblock.free))
     }
 

@@ -23,10 +23,10 @@ const EXTENTS: u32 = 0x40;
 const WIDE: u32 = 0x80;
 
 impl Superblock {
-    /// Reads the primary superblock of an image.
-    pub(crate) fn read(image: &File) -> io::Result<Superblock> {
+    /// Reads the primary superblock of a filesystem that begins at `start`, in bytes.
+    pub(crate) fn read(image: &File, start: u64) -> io::Result<Superblock> {
         let mut raw = [0; 1024];
-        image.read_exact_at(&mut raw, OFFSET)?;
+        image.read_exact_at(&mut raw, start + OFFSET)?;
         let u16_at = |at: usize| u16::from_le_bytes([raw[at], raw[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
         let log = u32_at(24);

@@ -1,11 +1,10 @@
 //! A whole disk, from the table to its name.
 
 use std::fs::File;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use vbd_image::create::Draft;
 use vbd_image::partition::Partition;
 
 use super::boot::{self, Booted};
@@ -13,11 +12,12 @@ use super::plan::{Content, Plan, Uefi};
 use super::spec::{DiskSpec, PartitionSpec};
 use super::tree::Tree;
 use super::{place, swap};
+use crate::build::{self, Key, Made, Place};
 use crate::error::Context;
 use crate::staging::Staging;
 use crate::vfat::{Name, Volume};
 use crate::{
-    BuildOptions, BuildSpec, Error, Progress, Report, Result, Source, Step, Tailor, Time, source_date_epoch,
+    BuildOptions, BuildSpec, Error, Filesystem, ImageSize, Progress, Report, Result, Source, Tailor, Time,
 };
 
 /// A partition that was made.
@@ -51,23 +51,25 @@ pub(crate) fn build(
     disk: &DiskSpec,
     progress: &mut dyn Progress,
 ) -> Result<Report> {
-    let plan = Plan::new(options, disk)?;
-    let time = source_date_epoch()?.unwrap_or_default();
-    let image = Draft::new(path, options.force)?;
-    image.file().set_len(options.size).at(&format!("give {} bytes to", options.size), path)?;
-    plan.table.write(image.file(), options.size).at("write the partition table of", path)?;
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Beside the image, so that the blocks of what is made there can be shared with it.
-    let work = Work { staging: Staging::new(directory)?, image: image.file(), options, time };
+    let mut plan = Plan::new(options, disk)?;
+    let time = options.time.unwrap_or_default();
+    let (image, skip) = build::begin(path, options.force)?;
+    if let ImageSize::Fixed(size) = options.size {
+        image.file().set_len(size).at(&format!("give {size} bytes to"), path)?;
+    }
+    let directory = build::directory_of(path);
+    let staging = Staging::new(directory)?;
+    let work = Work { staging, directory, image: image.file(), skip, options, time };
 
-    let root = work.filesystem("root", plan.root()?, root_options(options, &plan), progress)?;
-    let Report { counts, mut warnings, uuid, label, free_bytes, free_inodes, .. } = root.report;
-    progress.step(Step::Write, None);
-    work.place(&root.path, plan.root()?, progress)?;
+    let made = work.filesystem(plan.root()?.start, &plan.root_options(options)?, progress)?;
+    let size = plan.settle(options, image.file().metadata().at("look at", path)?.len())?;
+    image.file().set_len(size).at(&format!("give {size} bytes to"), path)?;
+    plan.table.write(image.file(), size).at("write the partition table of", path)?;
+    let mut warnings = Vec::new();
     let mut partitions = Vec::new();
     for (partition, content) in plan.table.partitions.iter().zip(&plan.contents) {
         let (filesystem, id) = match content {
-            Content::Root => (Some(options.spec.filesystem.name()), Some(uuid.clone())),
+            Content::Root => (Some(options.spec.filesystem.name()), Some(made.superblock.uuid.clone())),
             Content::Esp(name) => {
                 work.esp(&plan, partition, name, &mut warnings, progress)?;
                 (Some("vfat"), Some(name.uuid()))
@@ -79,12 +81,10 @@ pub(crate) fn build(
                 (Some("swap"), Some(uuid.to_string()))
             }
             Content::Filesystem(spec) => {
-                let name = format!("partition{}", partition.number);
-                let options = work.options_of(spec)?;
-                let made = work.filesystem(&name, partition, options, progress)?;
-                work.place(&made.path, partition, progress)?;
-                warnings.extend(made.report.warnings);
-                (Some(spec.filesystem.name()), Some(made.report.uuid))
+                let options = work.options_of(spec, partition.size)?;
+                let made = work.filesystem(partition.start, &options, progress)?;
+                warnings.extend(made.done.warnings);
+                (Some(spec.filesystem.name()), Some(made.superblock.uuid))
             }
             Content::Vfat(spec, name) => {
                 work.vfat(plan.table.sector, partition, name, spec.from.as_deref())?;
@@ -103,76 +103,39 @@ pub(crate) fn build(
         });
     }
     drop(work);
-
-    progress.step(Step::Sync, None);
-    image.file().sync_all().at("make durable", path)?;
-    let allocated = image.file().metadata().at("look at", path)?.blocks() * 512;
-    if progress.cancelled() {
-        return Err(Error::Interrupted);
-    }
-    image.publish()?;
-    File::open(directory).and_then(|d| d.sync_all()).at("make durable the directory of", path)?;
-    Ok(Report {
-        path: path.to_owned(),
-        size: options.size,
-        allocated,
-        filesystem: options.spec.filesystem,
-        uuid,
-        label,
-        free_bytes,
-        free_inodes,
-        counts,
-        warnings,
-        partitions,
-    })
-}
-
-/// The root filesystem's build.
-fn root_options(options: &BuildOptions, plan: &Plan) -> BuildOptions {
-    BuildOptions {
-        spec: BuildSpec { disk: None, ..options.spec.clone() },
-        tailor: plan.tailor.clone(),
-        force: false,
-        ..options.clone()
-    }
-}
-
-/// A filesystem that was made in a file of its own.
-struct Made {
-    path: PathBuf,
-    report: Report,
+    let mut report = build::finish(path, image, options, made, progress)?;
+    report.warnings.append(&mut warnings);
+    Ok(Report { partitions, ..report })
 }
 
 struct Work<'a> {
+    /// Beside the image, so that the blocks of what is made there can be shared with it.
     staging: Staging,
+    directory: &'a Path,
     image: &'a File,
+    skip: Vec<Key>,
     options: &'a BuildOptions,
     time: Time,
 }
 
 impl Work<'_> {
-    /// Makes a filesystem of a partition's size in a file beside the image.
-    fn filesystem(
-        &self,
-        name: &str,
-        partition: &Partition,
-        options: BuildOptions,
-        progress: &mut dyn Progress,
-    ) -> Result<Made> {
-        let path = self.staging.path().join(name);
-        let report = crate::build(&path, &BuildOptions { size: partition.size, ..options }, progress)?;
-        Ok(Made { path, report })
-    }
-
-    /// Moves one to its partition.
-    fn place(&self, made: &Path, partition: &Partition, progress: &mut dyn Progress) -> Result<()> {
-        let from = File::open(made).at("open", made)?;
-        place::copy(&from, self.image, partition.start, progress)?;
-        std::fs::remove_file(made).at("remove", made)
+    /// Makes a filesystem that begins at `start`: ext4 in its place, others in a file of their own that is moved there.
+    fn filesystem(&self, start: u64, options: &BuildOptions, progress: &mut dyn Progress) -> Result<Made> {
+        let place = |file, offset| Place { file, offset, directory: self.directory, skip: self.skip.clone() };
+        if options.spec.filesystem == Filesystem::Ext4 {
+            return build::make(options, &place(self.image, start), progress);
+        }
+        let file = tempfile::tempfile_in(self.staging.path()).at("make a file in", self.staging.path())?;
+        if let ImageSize::Fixed(size) = options.size {
+            file.set_len(size).at("give its size to a file in", self.staging.path())?;
+        }
+        let made = build::make(options, &place(&file, 0), progress)?;
+        place::copy(&file, self.image, start, progress)?;
+        Ok(made)
     }
 
     /// The build of a further filesystem.
-    fn options_of(&self, partition: &PartitionSpec) -> Result<BuildOptions> {
+    fn options_of(&self, partition: &PartitionSpec, size: u64) -> Result<BuildOptions> {
         let from = match &partition.from {
             Some(path) => path.clone(),
             None => self.empty()?,
@@ -182,7 +145,8 @@ impl Work<'_> {
             label: partition.label.clone(),
             ..BuildSpec::new(Source::Path(from))
         };
-        Ok(BuildOptions { spec, tailor: Tailor::default(), ..self.options.clone() })
+        let size = ImageSize::Fixed(size);
+        Ok(BuildOptions { size, spec, tailor: Tailor::default(), ..self.options.clone() })
     }
 
     /// An empty directory, as the root of a filesystem is.

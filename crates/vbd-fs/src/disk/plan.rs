@@ -2,19 +2,21 @@
 //! same names.
 
 use vbd_image::partition::{
-    BOOTABLE, Format, GROW_FILESYSTEM, Guid, Kind, Layout, Misfit, Partition, Table, Wish, kind,
+    ALIGNMENT, BOOTABLE, Format, GROW_FILESYSTEM, Guid, Kind, Layout, Misfit, Partition, Table, Wish, kind,
 };
-use vbd_image::size::{Human, Size};
+use vbd_image::size::Human;
 
 use super::spec::{Boot, DiskSpec, Holds, PartitionSpec, TableKind, mbr_number};
 use super::{Architecture, boot};
 use crate::digest::Origin;
 use crate::tailor::{Mount, Tailor, Text};
 use crate::vfat::Name;
-use crate::{BuildOptions, Error, Result, Source};
+use crate::{BuildOptions, BuildSpec, Error, ImageSize, Result, Source};
 
 /// Where the EFI system partition is mounted.
 const ESP_MOUNT: &str = "/boot/efi";
+/// A size for a root whose own is not known yet, in bytes.
+const PROVISIONAL: u64 = 1 << 30;
 
 /// A disk as it is to be.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub(crate) struct Plan {
     pub(crate) command_line: String,
     /// What is changed in the root's tree.
     pub(crate) tailor: Tailor,
+    layout: Layout,
+    wishes: Vec<Wish>,
 }
 
 /// Whether firmware is to start the system.
@@ -95,8 +99,12 @@ impl Plan {
         root.attributes = if gpt { GROW_FILESYSTEM } else { BOOTABLE };
         wishes.push(root);
         contents.push(Content::Root);
-        let table =
-            layout.place(options.size, &wishes).map_err(|misfit| no_room(misfit, options.size, &wishes))?;
+        // Where the size is found from the content, all but the root's end is known before.
+        let size = match options.size {
+            ImageSize::Fixed(size) => size,
+            ImageSize::Auto { .. } => fixed(&layout, &wishes).saturating_add(PROVISIONAL),
+        };
+        let table = place(&layout, size, &wishes)?;
 
         let mut plan = Plan {
             table,
@@ -110,6 +118,8 @@ impl Plan {
             },
             command_line: String::new(),
             tailor: options.tailor.clone(),
+            layout,
+            wishes,
         };
         plan.command_line = plan.kernel_command(disk, options)?;
         plan.tell_the_tree(disk)?;
@@ -119,6 +129,35 @@ impl Plan {
     /// The root's partition, which is the last.
     pub(crate) fn root(&self) -> Result<&Partition> {
         self.table.partitions.last().ok_or_else(|| Error::Invalid("a disk without partitions".to_owned()))
+    }
+
+    /// The build of the root's filesystem.
+    pub(crate) fn root_options(&self, options: &BuildOptions) -> Result<BuildOptions> {
+        let around = fixed(&self.layout, &self.wishes);
+        let less = |bytes: u64| bytes.checked_sub(around).filter(|bytes| *bytes > 0);
+        let size = match options.size {
+            ImageSize::Fixed(_) => ImageSize::Fixed(self.root()?.size),
+            ImageSize::Auto { spare, minimum, maximum } => {
+                let maximum =
+                    maximum.map(|most| less(most).ok_or_else(|| too_small(most, around))).transpose()?;
+                ImageSize::Auto { spare, minimum: minimum.and_then(less), maximum }
+            }
+        };
+        let spec = BuildSpec { disk: None, ..options.spec.clone() };
+        Ok(BuildOptions { size, spec, tailor: self.tailor.clone(), ..options.clone() })
+    }
+
+    /// The disk's size, now that the root's filesystem ends at `end`; the table follows it.
+    pub(crate) fn settle(&mut self, options: &BuildOptions, end: u64) -> Result<u64> {
+        let size = match options.size {
+            ImageSize::Fixed(size) => size,
+            ImageSize::Auto { .. } => {
+                let root = end.saturating_sub(self.root()?.start).next_multiple_of(ALIGNMENT);
+                fixed(&self.layout, &self.wishes).saturating_add(root)
+            }
+        };
+        self.table = place(&self.layout, size, &self.wishes)?;
+        Ok(size)
     }
 
     fn device(&self, partition: &Partition) -> Result<String> {
@@ -206,7 +245,7 @@ fn origin(options: &BuildOptions) -> Origin {
         disk.partition.iter_mut().for_each(|partition| partition.from = None);
         disk
     });
-    let request = serde_json::json!([from, options.size, spec, disk, options.tailor]);
+    let request = serde_json::json!([from, options.size.to_string(), spec, disk, options.tailor]);
     Origin::new(request.to_string().as_bytes())
 }
 
@@ -247,20 +286,24 @@ fn content(partition: &PartitionSpec, name: &str, origin: Origin) -> Result<Cont
     })
 }
 
-/// An error in terms of the request: which size would do.
-fn no_room(misfit: Misfit, size: u64, wishes: &[Wish]) -> Error {
-    match misfit {
-        Misfit::Outside { .. } | Misfit::Small(_) => {
-            let fixed: u64 = wishes.iter().filter_map(|wish| wish.size).fold(0, u64::saturating_add);
-            let least = fixed.saturating_add(8 << 20);
-            let text = format!(
-                "a disk of {} has no room for a table, partitions of {} and a root: it needs more than {}",
-                Human(size),
-                Human(fixed),
-                Size::from_bytes(least).map_or_else(|_| "8 MiB".to_owned(), |size| size.human().to_string())
-            );
-            Error::Invalid(text)
-        }
+/// The bytes of everything but the root.
+fn fixed(layout: &Layout, wishes: &[Wish]) -> u64 {
+    let sizes = wishes.iter().filter_map(|wish| wish.size);
+    let whole = sizes.map(|size| size.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX));
+    whole.fold(layout.overhead(), u64::saturating_add)
+}
+
+fn place(layout: &Layout, size: u64, wishes: &[Wish]) -> Result<Table> {
+    layout.place(size, wishes).map_err(|misfit| match misfit {
+        Misfit::Outside { .. } | Misfit::Small(_) => too_small(size, fixed(layout, wishes)),
         other => Error::Invalid(other.to_string()),
-    }
+    })
+}
+
+/// An error in terms of the request.
+fn too_small(size: u64, around: u64) -> Error {
+    let (size, around) = (Human(size), Human(around));
+    Error::Invalid(format!(
+        "a disk of {size} is too small: the table and the other partitions take {around} of it, and the root needs room"
+    ))
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vbd_fs::{Boot, BuildOptions, DiskSpec, Error, TableKind};
+use vbd_fs::{Boot, BuildOptions, DiskSpec, Error, Filesystem, ImageSize, Spare, TableKind};
 use vbd_image::partition::{self, Format, Kind, Partition, Table, kind};
 
 use super::image;
@@ -214,6 +214,56 @@ fn names_follow_from_the_request() {
 }
 
 #[test]
+fn a_size_that_follows_from_the_content() {
+    let scratch = Scratch::new();
+    let (image, from) = (scratch.path("image"), tree(&scratch));
+    let mut options = disk(&from, gpt());
+    options.size = ImageSize::Auto { spare: Spare::Bytes(8 * MIB), minimum: None, maximum: None };
+    let report = build(&image, &options).unwrap();
+    let table = table(&image);
+    assert_eq!(table.problems, [""; 0]);
+    let root = &table.partitions[1];
+    assert_eq!((report.size, root.start, root.end()), (root.end() + MIB, 41 * MIB, report.size - MIB));
+    assert!(report.size < 100 * MIB && report.free_bytes >= 8 * MIB, "{report:?}");
+    image::check(&cut(&scratch, &image, root, "root"));
+
+    options.size = ImageSize::Auto { spare: Spare::Bytes(0), minimum: Some(200 * MIB), maximum: None };
+    options.force = true;
+    assert_eq!(build(&image, &options).unwrap().size, 200 * MIB);
+    options.size = ImageSize::Auto { spare: Spare::Bytes(0), minimum: None, maximum: Some(41 * MIB) };
+    assert!(matches!(build(&image, &options), Err(Error::Invalid(_))));
+}
+
+#[test]
+fn a_root_of_another_kind() {
+    let scratch = Scratch::new();
+    let (image, from) = (scratch.path("image"), tree(&scratch));
+    let mut options = disk(&from, gpt());
+    options.spec.filesystem = Filesystem::Ext3;
+    build(&image, &options).unwrap();
+    let table = table(&image);
+    let fat = cut(&scratch, &image, &table.partitions[0], "esp");
+    assert_eq!(fat_file(&fat, "EFI/BOOT/BOOTX64.EFI"), "loader");
+    let root = cut(&scratch, &image, &table.partitions[1], "root");
+    image::check(&root);
+    assert!(image::cat(&root, "/etc/fstab").contains("\t/\text3\t"));
+}
+
+#[test]
+fn the_same_request_gives_the_same_bytes() {
+    let scratch = Scratch::new();
+    let from = tree(&scratch);
+    let made = |name: &str| {
+        let mut options = disk(&from, DiskSpec { swap: Some("1M".parse().unwrap()), ..gpt() });
+        options.time = Some(vbd_fs::Time { seconds: 1_700_000_000, nanoseconds: 0 });
+        let image = scratch.path(name);
+        build(&image, &options).unwrap();
+        std::fs::read(image).unwrap()
+    };
+    assert!(made("a") == made("b"));
+}
+
+#[test]
 fn a_unified_kernel_image_needs_no_loader() {
     let scratch = Scratch::new();
     let (image, from) = (scratch.path("image"), tree(&scratch));
@@ -253,7 +303,10 @@ fn what_no_disk_can_be() {
         error
     };
     let invalid = |spec: DiskSpec, why: &str| assert!(matches!(refused(spec, why), Error::Invalid(_)));
-    invalid(DiskSpec { esp: Some("1G".parse().unwrap()), ..gpt() }, "has no room for a table");
+    invalid(
+        DiskSpec { esp: Some("1G".parse().unwrap()), ..gpt() },
+        "is too small: the table and the other partitions take 1 GiB",
+    );
     invalid(DiskSpec { esp: Some("1M".parse().unwrap()), ..gpt() }, "too few for the EFI system partition");
     invalid(DiskSpec { sector_size: Some(1024), ..gpt() }, "sectors of 1024");
     invalid(DiskSpec { uuid: Some("x".to_owned()), ..gpt() }, "is no UUID");

@@ -82,7 +82,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         meta_data: whole(&args.meta_data)?,
         network_config: whole(&args.network_config)?,
     };
-    let time = vbd_fs::source_date_epoch()?.unwrap_or_default();
+    let time = super::build::time()?.unwrap_or_default();
     let report = seed.write(&args.file, args.force, time).map_err(|e| match e {
         vbd_fs::Error::Invalid(_) | vbd_fs::Error::Tailor { .. } => UsageError(e.to_string()).into(),
         other => anyhow::Error::from(other),
