@@ -1,5 +1,7 @@
 //! Directories, read from front to end: the trees of hashed ones look like entries not in use.
 
+use std::collections::HashSet;
+
 use zerocopy::FromBytes;
 
 use super::inode::Inode;
@@ -8,7 +10,7 @@ use super::{Error, Filesystem, Place, Result};
 use crate::format::directory::{self, EntryHeader};
 use crate::format::inode::flags;
 use crate::format::superblock::incompat;
-use crate::format::{FileType, Ino, ino};
+use crate::format::{Block, FileType, Ino, ino};
 
 /// An entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub struct Entries<'a> {
     /// The next block of the directory.
     block: u64,
     blocks: u64,
+    /// Where the blocks so far were: of one that is there many times, listings would have no end.
+    seen: HashSet<Block>,
     /// Entries of the last block that was read, the next one last.
     ready: Vec<DirEntry>,
     failed: bool,
@@ -57,6 +61,7 @@ impl Filesystem {
             run: (0, 0, 0),
             block: 0,
             blocks: 0,
+            seen: HashSet::new(),
             ready: Vec::new(),
             failed: false,
         };
@@ -187,6 +192,9 @@ impl Entries<'_> {
         };
         if logical != self.block || left == 0 {
             return Err(Error::corrupt(place, "it is missing"));
+        }
+        if !self.seen.insert(physical) {
+            return Err(Error::corrupt(place, "it was there before, as another one"));
         }
         self.run = (logical + 1, physical + 1, left - 1);
         let bytes = self.filesystem.blocks.metadata(physical, place)?;

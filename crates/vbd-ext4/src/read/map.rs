@@ -1,5 +1,6 @@
 //! Where the blocks of a file are: extent trees, and the block maps of ext2 and ext3.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use zerocopy::FromBytes;
@@ -196,11 +197,7 @@ impl Runs<'_> {
     fn next_run(&mut self) -> Result<Option<Run>> {
         let found = match &mut self.map {
             Map::Tree(_) => self.tree()?,
-            Map::Direct(direct) => {
-                let found = direct.next(self.filesystem, self.inode, self.from, self.end)?;
-                self.given += std::mem::take(&mut direct.visited);
-                found
-            }
+            Map::Direct(direct) => direct.next(self.filesystem, self.inode, self.from, self.end)?,
         };
         let Some(run) = found else { return Ok(None) };
         let place = Place::Inode(self.inode.number());
@@ -240,10 +237,10 @@ const MORE: &str = "it has more blocks than there are";
 struct Direct {
     /// Numbers in an indirect block.
     fan: u64,
-    /// The last indirect block of the lowest level that was looked at.
-    leaf: Block,
-    /// How many such blocks were looked at.
-    visited: u64,
+    /// The indirect blocks on the way to the last block, from the uppermost one, each with the first block it is about.
+    path: Vec<(Block, u64)>,
+    /// All indirect blocks so far: one that is there twice could make a few of them say anything about billions of blocks.
+    seen: HashSet<Block>,
 }
 
 /// The blocks that the inode itself names.
@@ -251,7 +248,7 @@ const DIRECT: u64 = 12;
 
 impl Direct {
     fn new(block_size: u32) -> Direct {
-        Direct { fan: u64::from(block_size / 4), leaf: 0, visited: 0 }
+        Direct { fan: u64::from(block_size / 4), path: Vec::new(), seen: HashSet::new() }
     }
 
     /// The next run from this block on: as many blocks as lie in a row.
@@ -296,6 +293,7 @@ impl Direct {
         for level in 0..3 {
             if within < span {
                 let mut physical = word(root, DIRECT + level);
+                let mut depth = 0;
                 while physical != 0 && span > 1 {
                     if !filesystem.blocks.exist(physical, 1) {
                         let reason = format!("an indirect block is said to be block {physical}");
@@ -304,13 +302,15 @@ impl Direct {
                     let place = Place::Indirect { inode: inode.number(), block: physical };
                     let bytes = filesystem.blocks.metadata(physical, place)?;
                     span /= self.fan;
-                    if span == 1 && physical != self.leaf {
-                        self.leaf = physical;
-                        self.visited += 1;
-                        if self.visited > filesystem.blocks.count() {
-                            return Err(Error::corrupt(place, MORE));
+                    let now = (physical, block - within);
+                    if self.path.get(depth) != Some(&now) {
+                        self.path.truncate(depth);
+                        self.path.push(now);
+                        if !self.seen.insert(physical) {
+                            return Err(Error::corrupt(place, "the inode has it twice"));
                         }
                     }
+                    depth += 1;
                     physical = word(&bytes, within / span);
                     within %= span;
                 }

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use vbd_ext4::read::{Filesystem, Options, Padded, fuzz};
+use vbd_ext4::read::{Filesystem, Links, Options, Padded, fuzz};
 
 use crate::sample;
-use crate::support::image;
+use crate::support::{image, run, text};
 
 /// What the fuzzer begins with.
 fn corpus() -> Vec<Vec<u8>> {
@@ -86,4 +86,65 @@ fn every_range_of_a_sparse_file() {
             })
             .unwrap();
     }
+}
+
+/// Writes a word of the block map of an inode, or of a block.
+fn word(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// An indirect block that is named again and again would make a small image say anything about billions of blocks.
+#[test]
+fn blocks_that_are_named_many_times() {
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().join("tree");
+    fs::create_dir_all(tree.join("directory")).unwrap();
+    fs::write(tree.join("directory/entry"), "x").unwrap();
+    fs::write(tree.join("file"), sample::noise(400_000, 1)).unwrap();
+    let image = image(directory.path(), Some(&tree), "4M", &["-t", "ext2", "-b", "1024"]);
+    let place = |path: &str| {
+        let said = run("debugfs", &["-R", &format!("imap {path}"), text(&image)]);
+        let (at, offset) = said.split_once("located at block ").unwrap().1.split_once(", offset ").unwrap();
+        let offset = usize::from_str_radix(offset.trim().trim_start_matches("0x"), 16).unwrap();
+        at.parse::<usize>().unwrap() * 1024 + offset
+    };
+    let block = |path: &str, number: u64| -> u32 {
+        run("debugfs", &["-R", &format!("bmap {path} {number}"), text(&image)]).trim().parse().unwrap()
+    };
+    let (file, listing) = (place("/file"), place("/directory"));
+    let whole = fs::read(&image).unwrap();
+    let looked_at = |change: &dyn Fn(&mut Vec<u8>), path: &str| {
+        let mut bytes = whole.clone();
+        change(&mut bytes);
+        let filesystem = Filesystem::open(Padded::new(bytes, 0), Options::default()).unwrap();
+        let inode = filesystem.lookup(path.as_bytes(), Links::Keep).unwrap();
+        if path == "file" {
+            let ranges = filesystem.data(&inode, 0).unwrap();
+            ranges.collect::<Result<Vec<_>, _>>().unwrap_err().to_string()
+        } else {
+            filesystem.entries(&inode).unwrap().collect::<Result<Vec<_>, _>>().unwrap_err().to_string()
+        }
+    };
+    // The double indirect block of the file, its 13th pointer after 12 direct ones, names one block of holes throughout.
+    let double = u32::from_le_bytes(whole[file + 40 + 13 * 4..][..4].try_into().unwrap());
+    let hole = block("/file", 300);
+    let said = looked_at(
+        &|bytes| {
+            word(bytes, file + 4, u32::MAX);
+            bytes[hole as usize * 1024..][..1024].fill(0);
+            (0..256).for_each(|entry| word(bytes, double as usize * 1024 + entry * 4, hole));
+        },
+        "file",
+    );
+    assert!(said.contains(&format!("the indirect block {hole}")) && said.contains("has it twice"), "{said}");
+    // A directory of twelve times the same block.
+    let first = block("/directory", 0);
+    let said = looked_at(
+        &|bytes| {
+            word(bytes, listing + 4, 12 * 1024);
+            (0..12).for_each(|entry| word(bytes, listing + 40 + entry * 4, first));
+        },
+        "directory",
+    );
+    assert!(said.contains("was there before"), "{said}");
 }
