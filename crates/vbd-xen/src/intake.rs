@@ -59,6 +59,8 @@ pub(crate) struct Core {
     again: VecDeque<(u16, Entry)>,
     /// One that has to wait for own pages.
     stalled: Option<(u16, Entry)>,
+    /// Some were given back since it had to.
+    freed: bool,
     barrier: Barrier,
     /// Requests with an operation for the disk.
     pub(crate) ready: Vec<u16>,
@@ -112,6 +114,7 @@ impl Core {
             out: again.len(),
             again,
             stalled: None,
+            freed: false,
             barrier: Barrier::None,
             ready: Vec::new(),
             copies: Vec::new(),
@@ -145,8 +148,10 @@ impl Core {
     /// Whether there is something to do that needs no completion first.
     pub(crate) fn wants_turn(&self) -> bool {
         let barrier = matches!(self.barrier, Barrier::Waits(_)) && self.out == 1;
-        let old = !self.paused && self.barrier == Barrier::None && self.stalled.is_none();
-        !self.due.is_empty() || !self.ready.is_empty() || barrier || old && !self.again.is_empty()
+        let free = !self.paused && self.barrier == Barrier::None;
+        // An answer that came at once, in the turn in which a request stalled, wakes nobody for that one.
+        let old = if self.stalled.is_some() { self.freed } else { !self.again.is_empty() };
+        !self.due.is_empty() || !self.ready.is_empty() || barrier || free && old
     }
 
     /// Takes a request, if there is one that may be taken: one that was taken before, or a `fresh` one.
@@ -207,7 +212,7 @@ impl Core {
             Ok(true) => self.ready.push(number),
             Ok(false) => {
                 self.drop_data(number);
-                self.stalled = Some((number, *entry));
+                (self.stalled, self.freed) = (Some((number, *entry)), false);
             }
             Err(status) => self.answer(Done { slot: number, status }),
         }
@@ -516,6 +521,7 @@ impl Core {
     #[inline]
     fn answer(&mut self, done: Done) {
         self.drop_data(done.slot);
+        self.freed = true;
         let slot = &self.slots[usize::from(done.slot)];
         self.log.answered(usize::from(done.slot), self.ring.produced());
         self.ring.put(slot.id, slot.operation, done.status);

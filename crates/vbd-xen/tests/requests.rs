@@ -274,6 +274,27 @@ fn persistent_pages_are_mapped_once_and_bounded() {
     assert!(bench.hypervisor.mapped() <= 17);
 }
 
+/// A request that waits for own pages gets them, also where those before it are answered in the turn in which it began
+/// to wait.
+#[test]
+fn a_request_that_waits_for_pages_is_not_forgotten() {
+    let bench = Bench::with(8 << 20, false, |_| {});
+    let mut front = Frontend::connected(&bench.hypervisor, ID, Shape { order: 2, ..PLAIN });
+    let requests: Vec<_> = (0..6)
+        .map(|number| {
+            // Four of them are more than there is room for.
+            let data = pattern(number, 256 * 4096);
+            let segments = front.fill(&data);
+            (front.put_indirect(0, WRITE, u64::from(number) * 2048, &segments), data)
+        })
+        .collect();
+    front.push(0);
+    for (number, (id, data)) in requests.into_iter().enumerate() {
+        assert_eq!(front.wait(0, id), OK);
+        assert!(bench.disk.data.lock().unwrap()[number << 20..][..data.len()] == data);
+    }
+}
+
 /// Pages that the kernel does not give back are counted as mapped until the device has closed, and nothing else is wrong.
 #[test]
 fn pages_that_cannot_be_unmapped_go_with_the_device() {

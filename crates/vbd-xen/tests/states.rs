@@ -76,7 +76,7 @@ fn a_life_from_creation_to_removal() {
     assert!(bench.giver.closed.lock().unwrap().is_empty());
     bench.hypervisor.store.remove(&back(ID));
     eventually("it is forgotten", || bench.giver.closed.lock().unwrap()[..] == [ID]);
-    assert!(bench.server.as_ref().unwrap().devices().is_empty());
+    eventually("nothing is shown", || bench.server.as_ref().unwrap().devices().is_empty());
 }
 
 #[test]
