@@ -220,6 +220,7 @@ fn make_ext4(
         scratch,
         offset: place.offset,
         threads: options.threads,
+        verify: options.verify,
     };
     let done = fill::make(&making, input, place.file, progress)?;
     Ok(Done { counts: done.counts, warnings: done.warnings })
@@ -237,6 +238,9 @@ fn staged(
     let ImageSize::Fixed(size) = options.size else {
         return Err(Error::Invalid(format!("{} needs a size: auto is for ext4", options.spec.filesystem)));
     };
+    if options.verify {
+        return Err(Error::Invalid(format!("verify is for ext4, not for {}", options.spec.filesystem)));
+    }
     let me = sys::user();
     if me != 0 && options.helper.is_empty() {
         return Err(Error::Invalid("an ordinary user's build needs a helper, and none is named".to_owned()));

@@ -89,6 +89,14 @@ pub enum Error {
     /// The caller asked to stop something that leaves behind what it has done.
     #[error("interrupted")]
     Stopped,
+    /// What was written is not what it was made from.
+    #[error("the filesystem was read back and is not what it was made from: {}: {reason}", .path.display())]
+    Verify {
+        /// The entry.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The caller asked to stop.
     #[error("interrupted: nothing was left behind")]
     Interrupted,

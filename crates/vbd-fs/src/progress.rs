@@ -18,6 +18,8 @@ pub enum Step {
     Tailor,
     /// Writing the filesystem.
     Write,
+    /// Reading it back.
+    Verify,
     /// Making it durable.
     Sync,
 }
@@ -29,6 +31,7 @@ impl fmt::Display for Step {
             Step::Read => "reading the source",
             Step::Tailor => "tailoring",
             Step::Write => "writing the filesystem",
+            Step::Verify => "reading it back",
             Step::Sync => "making it durable",
         })
     }

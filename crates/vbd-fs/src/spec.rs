@@ -524,6 +524,8 @@ pub struct BuildOptions {
     /// When the image is made, and the latest time that an entry in it may have. With it the same build gives the same
     /// bytes, everywhere; without it, it is the time now, and no two images are the same.
     pub time: Option<Time>,
+    /// Read the filesystem back and compare it with what it was made from. Of ext4.
+    pub verify: bool,
     /// How many threads read a directory; where not given, as many as there are processors, up to eight.
     pub threads: Option<usize>,
     /// The program, with arguments, that calls [`serve_stage`](crate::serve_stage): an ordinary user's ext2 or ext3 is

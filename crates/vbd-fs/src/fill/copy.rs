@@ -173,8 +173,8 @@ struct Copier<'a, A> {
     jobs: &'a [NodeId],
     store: &'a mut Store<A>,
     outcomes: Vec<Outcome>,
-    /// The runs of the large file whose parts are coming, unless it must be read anew.
-    large: Option<Option<Vec<Run>>>,
+    /// The runs and the sum of the large file whose parts are coming, unless it must be read anew.
+    large: Option<Option<(Vec<Run>, u32)>>,
     unreadable: Vec<(PathBuf, String)>,
     warnings: Vec<String>,
     blocks: Blocks,
@@ -238,12 +238,15 @@ impl<A: Allocate> Copier<'_, A> {
         let (mut extents, mut rest) = (extents.unwrap_or_default().into_iter(), Extent::default());
         let mut at = 0;
         for read in files.drain(..) {
-            self.store.note_part(&bytes[at..at + read.held], &read.pieces);
+            let held = &bytes[at..at + read.held];
+            self.store.note_part(held, &read.pieces);
             at += read.held;
             let mut runs = Vec::new();
             if room {
                 assign(&read.pieces, &mut extents, &mut rest, &mut runs);
             }
+            let sum = self.store.sum(0, held, &read.pieces);
+            self.store.keep_sum(&runs, sum);
             let fresh = match read.state {
                 State::Read(Some(Opened { stat, fresh: Some((meta, xattrs)), .. })) => {
                     Some(Box::new((stat.size, meta, xattrs)))
@@ -258,16 +261,17 @@ impl<A: Allocate> Copier<'_, A> {
 
     fn part(&mut self, blocks: &Blocks, read: Read, last: bool, progress: &mut dyn Progress) -> Result<()> {
         progress.advance(read.read);
-        let mut large = self.large.take().unwrap_or_else(|| Some(Vec::new()));
+        let mut large = self.large.take().unwrap_or_else(|| Some((Vec::new(), 0)));
         let good = match &read.state {
             State::Read(Some(opened)) => !last || unchanged(opened),
             State::Read(None) => true,
             _ => false,
         };
-        if !good && let Some(runs) = large.take() {
+        if !good && let Some((runs, _)) = large.take() {
             self.store.release_runs(&runs);
         }
-        if let Some(runs) = &mut large {
+        if let Some((runs, sum)) = &mut large {
+            *sum = self.store.sum(*sum, &blocks.bytes, &read.pieces);
             self.store.note_part(&blocks.bytes, &read.pieces);
             if let Some(extents) = self.store.place(&blocks.bytes)? {
                 assign(&read.pieces, &mut extents.into_iter(), &mut Extent::default(), runs);
@@ -278,7 +282,8 @@ impl<A: Allocate> Copier<'_, A> {
             return Ok(());
         }
         match large {
-            Some(runs) => {
+            Some((runs, sum)) => {
+                self.store.keep_sum(&runs, sum);
                 let (node, data) = (self.jobs[read.job], Some(self.store.data(runs)));
                 self.outcomes.push(Outcome { node, data, fresh: None });
                 Ok(())
@@ -314,11 +319,12 @@ impl<A: Allocate> Copier<'_, A> {
                 return Ok(());
             }
             let mut content = FileData::new(&file, stat.size);
-            let (store, mut runs) = (&mut *self.store, Vec::new());
+            let (store, mut runs, mut sum) = (&mut *self.store, Vec::new(), 0);
             let read = each_part(&mut content, &mut self.blocks, |part, read| {
                 if progress.cancelled() {
                     return Err(Error::Interrupted);
                 }
+                sum = store.sum(sum, &part.bytes, &part.pieces);
                 store.place_part(part, &mut runs)?;
                 progress.advance(read);
                 Ok(())
@@ -338,6 +344,7 @@ impl<A: Allocate> Copier<'_, A> {
                 let what = format!("it changed while it was read, {TRIES} times");
                 self.warnings.push(base.changed(&path, &what)?);
             }
+            self.store.keep_sum(&runs, sum);
             let data = Some(self.store.data(runs));
             self.outcomes.push(Outcome { node, data, fresh: Some(Box::new((stat.size, meta, xattrs))) });
             return Ok(());

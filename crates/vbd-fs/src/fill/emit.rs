@@ -90,7 +90,7 @@ fn put(plan: &Plan, id: NodeId, number: Ino, writer: &mut Writer) -> vbd_ext4::w
     writer.put(number, &Inode { attributes, xattrs: &xattrs, links: node.links, body })
 }
 
-fn file_type(body: &Body) -> FileType {
+pub(super) fn file_type(body: &Body) -> FileType {
     match body {
         Body::Directory(_) => FileType::Directory,
         Body::File { .. } => FileType::Regular,
@@ -117,7 +117,7 @@ pub(super) fn attributes(meta: &Meta) -> Attributes {
     }
 }
 
-fn xattrs(plan: &Plan, node: NodeId) -> Vec<Xattr> {
+pub(super) fn xattrs(plan: &Plan, node: NodeId) -> Vec<Xattr> {
     let all = plan.xattrs(node).iter();
     all.map(|(name, value)| (name.as_encoded_bytes().to_vec(), value.clone())).collect()
 }

@@ -13,7 +13,9 @@ mod room;
 mod scan;
 mod share;
 mod store;
+mod verify;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -41,6 +43,7 @@ pub(crate) use store::Discard;
 #[cfg(test)]
 pub(crate) use store::Memory;
 use store::{Allocate, Endless, Extent, Nowhere, Store};
+use verify::Verify;
 
 /// A size that is found is a whole number of these.
 const MIB: u64 = 1 << 20;
@@ -62,6 +65,8 @@ pub(crate) struct Making<'a> {
     pub(crate) offset: u64,
     /// How many threads read.
     pub(crate) threads: Option<usize>,
+    /// Whether it is read back and compared.
+    pub(crate) verify: bool,
 }
 
 /// What it is made from.
@@ -196,8 +201,9 @@ impl<'a> Maker<'a> {
         let clone = || image.try_clone().at("open", Path::new("the image"));
         let writer = Writer::new(layout, clone()?, self.making.offset);
         let writer = writer.map_err(|e| failed(Path::new(""), e))?;
-        let file = clone()?;
-        Ok(Store::new(file, self.making.offset, Image(writer)))
+        let mut store = Store::new(clone()?, self.making.offset, Image(writer));
+        store.sums = self.making.verify.then(HashMap::new);
+        Ok(store)
     }
 
     /// Fills a plan and tailors it. Where there is more than fits, what comes is counted, and not tailored.
@@ -341,6 +347,7 @@ impl<'a> Maker<'a> {
         progress.step(Step::Write, None);
         crate::plan::Contents::flush(&mut store)?;
         let content = store.digest();
+        let (sums, image) = (store.sums.take(), store.file().try_clone().at("open", Path::new("the image"))?);
         let mut writer = store.allocator.0;
         let tree = emit::emit(&plan, &mut writer, progress);
         let tree = tree.map_err(|e| if matches!(e, Error::NoRoom(_)) { full(&plan, 0) } else { e })?;
@@ -350,7 +357,13 @@ impl<'a> Maker<'a> {
             Err(WriteError::NoBlocks { .. }) => return Err(full(&plan, 0)),
             Err(error) => return Err(failed(Path::new(""), error)),
         }
-        Ok(Done { counts: plan.counts(), warnings })
+        let counts = plan.counts();
+        if let Some(sums) = sums {
+            progress.step(Step::Verify, Some(counts.bytes));
+            let verify = Verify { plan: &plan, sums: &sums, base: base.as_ref() };
+            verify.run(image, self.making.offset, layout.settings().size, progress)?;
+        }
+        Ok(Done { counts, warnings })
     }
 
     fn no_layout(&self, size: u64, error: WriteError) -> Error {

@@ -1,5 +1,6 @@
 //! Where blocks go: the image, or a file that holds them until the image's size is known.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -8,6 +9,7 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 
 use super::blocks::{Blocks, PIECE, Piece, SIZE, each_part};
+use super::verify;
 use crate::entry::Content;
 use crate::error::Context;
 use crate::plan::{BLOCK, Contents, Data, Run, Runs, push_run};
@@ -70,6 +72,8 @@ pub(crate) struct Store<A> {
     pending: (u64, Vec<u8>),
     /// Blocks for which there was no room.
     pub(crate) missing: u64,
+    /// Where it is to be verified: a sum of the content of each file, by its first block.
+    pub(crate) sums: Option<HashMap<u64, u32>>,
     digest: Sha256,
     blocks: Blocks,
 }
@@ -77,7 +81,7 @@ pub(crate) struct Store<A> {
 impl<A: Allocate> Store<A> {
     pub(crate) fn new(file: File, offset: u64, allocator: A) -> Store<A> {
         let (pending, digest, blocks) = ((0, Vec::new()), Sha256::new(), Blocks::default());
-        Store { file, offset, allocator, pending, missing: 0, digest, blocks }
+        Store { file, offset, allocator, pending, missing: 0, sums: None, digest, blocks }
     }
 
     /// What stands for all content that was placed, in its order: good for telling trees apart, not against forgers.
@@ -178,6 +182,18 @@ impl<A: Allocate> Store<A> {
         Ok(true)
     }
 
+    /// Goes on with a file's sum, where one is wanted.
+    pub(crate) fn sum(&self, so_far: u32, bytes: &[u8], pieces: &[Piece]) -> u32 {
+        if self.sums.is_some() { verify::sum(so_far, bytes, pieces) } else { so_far }
+    }
+
+    /// Keeps a file's sum.
+    pub(crate) fn keep_sum(&mut self, runs: &[Run], sum: u32) {
+        if let (Some(sums), Some(first)) = (&mut self.sums, runs.first()) {
+            sums.insert(first.block, sum);
+        }
+    }
+
     /// Takes a part of a file into the digest.
     pub(crate) fn note_part(&mut self, bytes: &[u8], pieces: &[Piece]) {
         self.digest.update(crc32c::crc32c(bytes).to_le_bytes());
@@ -230,17 +246,19 @@ pub(crate) fn assign(
 impl<A: Allocate> Contents for Store<A> {
     fn put(&mut self, content: &mut dyn Content, path: &Path, progress: &mut dyn Progress) -> Result<Data> {
         let mut blocks = std::mem::take(&mut self.blocks);
-        let mut runs = Vec::new();
+        let (mut runs, mut sum) = (Vec::new(), 0);
         let read = each_part(content, &mut blocks, |part, read| {
             if progress.cancelled() {
                 return Err(Error::Interrupted);
             }
+            sum = self.sum(sum, &part.bytes, &part.pieces);
             self.place_part(part, &mut runs)?;
             progress.advance(read);
             Ok(())
         });
         self.blocks = blocks;
         read?.at("read", path)?;
+        self.keep_sum(&runs, sum);
         Ok(self.data(runs))
     }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use vbd_fs::Filesystem;
+use vbd_fs::{BuildOptions, Filesystem};
 
 use super::sample::{self, Tree};
 use super::setting::{MIB, Scratch, as_ordinary_user, build, is_root, options};
@@ -44,6 +44,7 @@ fn from_directory(filesystem: Filesystem) {
     }
     let mut options = options(64 * MIB, &tree);
     options.spec.filesystem = filesystem;
+    options.verify = filesystem == Filesystem::Ext4;
     let report = build(&file, &options).unwrap();
     image::check(&file);
     let mut expected = sample::read(&tree);
@@ -105,7 +106,7 @@ fn from_tar(arguments: &[&str], adapt: impl Fn(&mut sample::Entry)) {
     let (archive, file) = (scratch.path("a.tar"), scratch.path("disk"));
     let mut expected = pack(&scratch.path("tree"), &archive, arguments);
     expected.values_mut().for_each(adapt);
-    build(&file, &options(64 * MIB, &archive)).unwrap();
+    build(&file, &BuildOptions { verify: true, ..options(64 * MIB, &archive) }).unwrap();
     image::check(&file);
     assert_same(&expected, &image::read(&file));
 }

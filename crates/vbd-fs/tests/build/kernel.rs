@@ -8,6 +8,7 @@ use std::process::Command;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustix::fs::{CWD, FileType, Mode};
+use vbd_fs::BuildOptions;
 
 use super::compare::assert_same;
 use super::sample::{self, noise};
@@ -155,7 +156,7 @@ fn the_kernel_finds_every_random_tree() {
             let (tree, file) = (scratch.path("tree"), scratch.path("disk"));
             fs::create_dir(&tree).unwrap();
             make(&tree, &entries);
-            build(&file, &options(64 * MIB, &tree)).unwrap();
+            build(&file, &BuildOptions { verify: true, ..options(64 * MIB, &tree) }).unwrap();
             image::check(&file);
             assert_kernel_finds(&tree, &file, scratch.path("mounted"));
             Ok(())
@@ -219,7 +220,7 @@ fn shares(name: &str, mkfs: &[&str]) {
         fs::write(tree.join("whole"), noise(1 << 20)).unwrap();
         let file = host.0.join("disk");
         let before = used(&host.0);
-        let report = build(&file, &options(256 * MIB, &tree)).unwrap();
+        let report = build(&file, &BuildOptions { verify: true, ..options(256 * MIB, &tree) }).unwrap();
         let taken = used(&host.0) - before;
         assert!(fs::metadata(&file).unwrap().blocks() * 512 > 40 * MIB);
         assert!(taken < 20 * MIB, "{taken} bytes were taken");

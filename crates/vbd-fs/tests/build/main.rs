@@ -14,6 +14,7 @@ mod sample;
 mod setting;
 mod settings;
 mod tailoring;
+mod verify;
 
 /// Not a test: what a build starts under fakeroot, with this program as its helper.
 #[test]

@@ -106,6 +106,7 @@ pub(crate) fn options(size: u64, from: &Path) -> BuildOptions {
         tailor: Tailor::default(),
         force: false,
         time: None,
+        verify: false,
         threads: None,
         helper: vec![this, "--exact".into(), "stage_helper".into(), "--nocapture".into()],
     }

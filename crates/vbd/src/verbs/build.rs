@@ -37,6 +37,9 @@ pub(crate) struct Args {
     /// Replace an existing file
     #[arg(long)]
     force: bool,
+    /// Read the filesystem back and compare it with what it was made from
+    #[arg(long)]
+    verify: bool,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -278,6 +281,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         tailor,
         force: args.force,
         time: time()?,
+        verify: args.verify,
         threads: None,
         helper: helper()?,
     };

@@ -75,6 +75,7 @@ fn make_missing(disks: &[DiskConfig]) -> anyhow::Result<()> {
             tailor: image.tailor.clone(),
             force: false,
             time: super::build::time()?,
+            verify: false,
             threads: None,
             helper: super::build::helper()?,
         };
