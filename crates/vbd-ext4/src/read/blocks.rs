@@ -11,33 +11,37 @@ const CACHE: usize = 1 << 20;
 
 /// A block that is in the journal.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Logged {
+pub(crate) struct Logged {
     /// Where its newest contents are on the disk.
-    pub(super) at: Block,
+    pub(crate) at: Block,
     /// Which block of the journal that is, for messages.
-    pub(super) log_block: u32,
+    pub(crate) log_block: u32,
     /// Whether the journal's number was taken off its beginning.
-    pub(super) escaped: bool,
+    pub(crate) escaped: bool,
     /// What its checksum has to be.
-    pub(super) sum: Option<LoggedSum>,
+    pub(crate) sum: Option<LoggedSum>,
 }
 
 /// The checksum of a block in the journal.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct LoggedSum {
-    pub(super) seed: u32,
-    pub(super) sequence: u32,
-    pub(super) sum: u32,
+pub(crate) struct LoggedSum {
+    pub(crate) seed: u32,
+    pub(crate) sequence: u32,
+    pub(crate) sum: u32,
     /// The bits of it that are kept: all, or the lower half.
-    pub(super) mask: u32,
+    pub(crate) mask: u32,
 }
 
 /// Where the blocks are.
-pub(super) struct Blocks {
+pub(crate) struct Blocks {
     source: Box<dyn Source>,
     size: u32,
     count: Block,
     logged: BTreeMap<Block, Logged>,
+    /// Blocks of metadata that were changed and are not written yet: newer than all else.
+    staged: BTreeMap<Block, Arc<[u8]>>,
+    /// How often a block was changed in memory.
+    stagings: u64,
     cache: Mutex<Cache>,
 }
 
@@ -68,49 +72,93 @@ impl Cache {
 
 impl Blocks {
     /// Blocks of `size` bytes; those from `count` on do not exist.
-    pub(super) fn new(source: Box<dyn Source>, size: u32, count: Block) -> Blocks {
-        Blocks { source, size, count, logged: BTreeMap::new(), cache: Mutex::default() }
+    pub(crate) fn new(source: Box<dyn Source>, size: u32, count: Block) -> Blocks {
+        Blocks {
+            source,
+            size,
+            count,
+            logged: BTreeMap::new(),
+            staged: BTreeMap::new(),
+            stagings: 0,
+            cache: Mutex::default(),
+        }
     }
 
     /// What the journal has is newer from now on.
-    pub(super) fn set_logged(&mut self, logged: BTreeMap<Block, Logged>) {
+    pub(crate) fn set_logged(&mut self, logged: BTreeMap<Block, Logged>) {
         self.logged = logged;
         self.cache = Mutex::default();
     }
 
-    pub(super) fn source(&self) -> &dyn Source {
+    /// Changes a block in memory.
+    pub(crate) fn stage(&mut self, block: Block, bytes: Arc<[u8]>) {
+        self.stagings += 1;
+        self.staged.insert(block, bytes);
+    }
+
+    /// Takes a change back: the block is nothing any more.
+    pub(crate) fn unstage(&mut self, block: Block) {
+        self.stagings += 1;
+        self.staged.remove(&block);
+    }
+
+    /// A number that changes whenever a block is changed in memory.
+    pub(crate) fn stagings(&self) -> u64 {
+        self.stagings
+    }
+
+    /// The blocks that were changed in memory.
+    pub(crate) fn staged(&self) -> &BTreeMap<Block, Arc<[u8]>> {
+        &self.staged
+    }
+
+    /// What was changed in memory or in the journal is in its place now.
+    pub(crate) fn settle(&mut self) {
+        self.staged.clear();
+        self.set_logged(BTreeMap::new());
+    }
+
+    /// The blocks that are in the journal.
+    pub(crate) fn logged(&self) -> &BTreeMap<Block, Logged> {
+        &self.logged
+    }
+
+    pub(crate) fn source(&self) -> &dyn Source {
         &*self.source
     }
 
     /// What it was made of.
-    pub(super) fn into_parts(self) -> (Box<dyn Source>, BTreeMap<Block, Logged>) {
+    pub(crate) fn into_parts(self) -> (Box<dyn Source>, BTreeMap<Block, Logged>) {
         (self.source, self.logged)
     }
 
     /// Bytes of a block.
-    pub(super) fn size(&self) -> u32 {
+    pub(crate) fn size(&self) -> u32 {
         self.size
     }
 
     /// The same, to count bytes in memory with.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.size as usize
     }
 
     /// How many there are.
-    pub(super) fn count(&self) -> Block {
+    pub(crate) fn count(&self) -> Block {
         self.count
     }
 
     /// Whether these blocks exist and can hold something: the first one has the superblock or comes before it.
-    pub(super) fn exist(&self, first: Block, count: u64) -> bool {
+    pub(crate) fn exist(&self, first: Block, count: u64) -> bool {
         first > 0 && first.checked_add(count).is_some_and(|end| end <= self.count)
     }
 
     /// A block of metadata, on behalf of `place`.
-    pub(super) fn metadata(&self, block: Block, place: Place) -> Result<Arc<[u8]>> {
+    pub(crate) fn metadata(&self, block: Block, place: Place) -> Result<Arc<[u8]>> {
         if block >= self.count {
             return Err(Error::corrupt(place, format!("is said to be in block {block}, of {}", self.count)));
+        }
+        if let Some(staged) = self.staged.get(&block) {
+            return Ok(staged.clone());
         }
         let room = (CACHE / self.bytes()).max(16);
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,16 +175,17 @@ impl Blocks {
     }
 
     /// Bytes at a place of the filesystem, newer ones from the journal included.
-    pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let size = u64::from(self.size);
         let (mut at, mut rest) = (offset, buffer);
         while !rest.is_empty() {
             let block = at / size;
             let last = (at + rest.len() as u64 - 1) / size;
-            let next = self.logged.range(block..=last).next().map(|(block, logged)| (*block, *logged));
-            match next {
-                Some((found, logged)) if found == block => {
-                    let bytes = self.logged_block(&logged)?;
+            let logged = self.logged.range(block..=last).next().map(|(block, _)| *block);
+            let staged = self.staged.range(block..=last).next().map(|(block, _)| *block);
+            match logged.into_iter().chain(staged).min() {
+                Some(found) if found == block => {
+                    let bytes = self.newer(block)?;
                     // Below a block's size, so it fits.
                     let from = usize::try_from(at % size).unwrap_or(0);
                     let length = (bytes.len() - from).min(rest.len());
@@ -144,7 +193,7 @@ impl Blocks {
                     now.copy_from_slice(&bytes[from..from + length]);
                     (at, rest) = (at + length as u64, after);
                 }
-                Some((found, _)) => {
+                Some(found) => {
                     let length = usize::try_from(found * size - at).unwrap_or(usize::MAX).min(rest.len());
                     let (now, after) = rest.split_at_mut(length);
                     self.raw(at, now)?;
@@ -159,8 +208,17 @@ impl Blocks {
         Ok(())
     }
 
+    /// The contents of a block that was changed in memory, or is in the journal.
+    fn newer(&self, block: Block) -> Result<Arc<[u8]>> {
+        match (self.staged.get(&block), self.logged.get(&block)) {
+            (Some(staged), _) => Ok(staged.clone()),
+            (None, Some(logged)) => Ok(self.logged_block(logged)?.into()),
+            (None, None) => unreachable!("asked for blocks of either map only"),
+        }
+    }
+
     /// The contents of a block that is in the journal.
-    fn logged_block(&self, logged: &Logged) -> Result<Vec<u8>> {
+    pub(crate) fn logged_block(&self, logged: &Logged) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.bytes()];
         self.raw(logged.at * u64::from(self.size), &mut bytes)?;
         if let Some(LoggedSum { seed, sequence, sum, mask }) = logged.sum
@@ -175,7 +233,7 @@ impl Blocks {
     }
 
     /// Bytes as the source has them.
-    pub(super) fn raw(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+    pub(crate) fn raw(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len();
         self.source.read_exact_at(buffer, offset).map_err(|error| Error::Io { offset, length, error })
     }

@@ -27,18 +27,18 @@ const OLD_INODE: u16 = 128;
 
 /// The numbers that everything else is found with.
 #[derive(Debug, Clone)]
-pub(super) struct Geometry {
-    pub(super) superblock: Superblock,
-    pub(super) block_size: u32,
-    pub(super) blocks: Block,
-    pub(super) first_data_block: Block,
-    pub(super) blocks_per_group: u64,
-    pub(super) inodes_per_group: u32,
-    pub(super) inode_size: u16,
-    pub(super) descriptor_size: u16,
-    pub(super) groups: u32,
+pub(crate) struct Geometry {
+    pub(crate) superblock: Superblock,
+    pub(crate) block_size: u32,
+    pub(crate) blocks: Block,
+    pub(crate) first_data_block: Block,
+    pub(crate) blocks_per_group: u64,
+    pub(crate) inodes_per_group: u32,
+    pub(crate) inode_size: u16,
+    pub(crate) descriptor_size: u16,
+    pub(crate) groups: u32,
     /// The seed of all checksums, where there are any.
-    pub(super) seed: Option<Seed>,
+    pub(crate) seed: Option<Seed>,
 }
 
 fn bad(reason: impl Into<String>) -> Error {
@@ -47,7 +47,7 @@ fn bad(reason: impl Into<String>) -> Error {
 
 impl Geometry {
     /// From the 1024 bytes of a superblock; `verify` asks for the right checksum.
-    pub(super) fn new(bytes: &[u8], verify: bool) -> Result<Geometry> {
+    pub(crate) fn new(bytes: &[u8], verify: bool) -> Result<Geometry> {
         let superblock = Superblock::read_from_prefix(bytes).map_err(|_| Error::NotExt)?.0;
         if superblock.magic.get() != superblock::MAGIC {
             return Err(Error::NotExt);
@@ -120,12 +120,12 @@ impl Geometry {
     }
 
     /// How many inodes there are.
-    pub(super) fn inodes(&self) -> Ino {
+    pub(crate) fn inodes(&self) -> Ino {
         self.superblock.inodes_count.get()
     }
 
     /// Whether a group begins with a superblock, and group descriptors where there is no meta_bg.
-    fn has_superblock(&self, group: u32) -> bool {
+    pub(crate) fn has_superblock(&self, group: u32) -> bool {
         let superblock = &self.superblock;
         if superblock.has_compat(compat::SPARSE_SUPER2) {
             return group == 0 || superblock.backup_groups.iter().any(|backup| backup.get() == group);
@@ -134,7 +134,7 @@ impl Geometry {
     }
 
     /// The block that holds the descriptor of a group, and where it is in it ("Meta Block Groups").
-    fn descriptor_place(&self, group: u32) -> (Block, usize) {
+    pub(crate) fn descriptor_place(&self, group: u32) -> (Block, usize) {
         let per_block = self.block_size / u32::from(self.descriptor_size);
         let (number, within) = (group / per_block, group % per_block);
         let within = (within * u32::from(self.descriptor_size)) as usize;
@@ -158,7 +158,7 @@ impl Geometry {
     }
 
     /// The descriptor of a group.
-    pub(super) fn descriptor(
+    pub(crate) fn descriptor(
         &self,
         blocks: &Blocks,
         group: u32,

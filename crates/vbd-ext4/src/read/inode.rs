@@ -66,15 +66,15 @@ impl Inode {
         self.fields.generation.get()
     }
 
-    pub(super) fn has(&self, flag: u32) -> bool {
+    pub(crate) fn has(&self, flag: u32) -> bool {
         self.flags() & flag != 0
     }
 
-    pub(super) fn fields(&self) -> &inode::Inode {
+    pub(crate) fn fields(&self) -> &inode::Inode {
         &self.fields
     }
 
-    pub(super) fn xattr_block(&self) -> Block {
+    pub(crate) fn xattr_block(&self) -> Block {
         self.xattr_block
     }
 

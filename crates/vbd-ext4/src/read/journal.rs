@@ -29,12 +29,14 @@ const KNOWN: u32 = feature::REVOKE
 
 /// What a replay would do.
 #[derive(Default)]
-pub(super) struct Replay {
-    pub(super) logged: BTreeMap<Block, Logged>,
+pub(crate) struct Replay {
+    pub(crate) logged: BTreeMap<Block, Logged>,
     /// Transactions in it.
-    pub(super) transactions: u32,
+    pub(crate) transactions: u32,
+    /// The one that would have followed; nothing where the journal was empty.
+    pub(crate) expected: Option<u32>,
     /// The transaction at which it ends because its commit is damaged.
-    pub(super) damaged: Option<u32>,
+    pub(crate) damaged: Option<u32>,
 }
 
 /// A block of the filesystem in a transaction.
@@ -123,7 +125,7 @@ struct Scan<'a> {
 }
 
 /// Looks through the journal.
-pub(super) fn replay(filesystem: &Filesystem) -> Result<Replay> {
+pub(crate) fn replay(filesystem: &Filesystem) -> Result<Replay> {
     let log = Log::open(filesystem)?;
     let bytes = log.read(0)?;
     let superblock = JournalSuperblock::read_from_prefix(&bytes).map_err(|_| corrupt("it is too short"))?.0;
@@ -141,6 +143,18 @@ pub(super) fn replay(filesystem: &Filesystem) -> Result<Replay> {
     while scan.step()? {}
     scan.refuse_fast_commits()?;
     scan.finish()
+}
+
+/// The first block of the log and the one behind its last, by the journal's superblock.
+pub(crate) fn ring(filesystem: &Filesystem, superblock: &JournalSuperblock) -> Result<(u32, u32)> {
+    let kind = superblock.header.block_type.get();
+    if superblock.header.magic.get() != journal::MAGIC
+        || ![block_type::SUPERBLOCK_V1, block_type::SUPERBLOCK_V2].contains(&kind)
+    {
+        return Err(corrupt("it does not begin with a superblock"));
+    }
+    let scan = Scan::new(Log::open(filesystem)?, superblock.clone(), kind == block_type::SUPERBLOCK_V1)?;
+    Ok((scan.first, scan.last))
 }
 
 impl<'a> Scan<'a> {
@@ -414,7 +428,7 @@ impl<'a> Scan<'a> {
             }
         }
         let transactions = u32::try_from(self.done.len()).unwrap_or(u32::MAX);
-        Ok(Replay { logged, transactions, damaged: self.damaged })
+        Ok(Replay { logged, transactions, expected: Some(self.expected), damaged: self.damaged })
     }
 }
 

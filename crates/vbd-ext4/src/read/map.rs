@@ -13,19 +13,19 @@ use crate::format::inode::flags;
 
 /// Blocks of a file, in a row there and on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
+pub(crate) struct Run {
     /// The first block, counted from the file's beginning.
-    pub(super) logical: u64,
+    pub(crate) logical: u64,
     /// How many.
-    pub(super) length: u64,
+    pub(crate) length: u64,
     /// The first block on the disk.
-    pub(super) physical: Block,
+    pub(crate) physical: Block,
     /// Allocated and not written: reads as zeros.
-    pub(super) unwritten: bool,
+    pub(crate) unwritten: bool,
 }
 
 /// The blocks that a file has, in rising order; what is between the runs is a hole. Ends after the first error.
-pub(super) struct Runs<'a> {
+pub(crate) struct Runs<'a> {
     filesystem: &'a Filesystem,
     inode: &'a Inode,
     map: Map,
@@ -56,7 +56,7 @@ struct Node {
 
 impl Filesystem {
     /// The runs of a file from that block on, up to the block `end`; the first run may begin before.
-    pub(super) fn runs<'a>(&'a self, inode: &'a Inode, from: u64, end: u64) -> Result<Runs<'a>> {
+    pub(crate) fn runs<'a>(&'a self, inode: &'a Inode, from: u64, end: u64) -> Result<Runs<'a>> {
         let map = if inode.has(flags::EXTENTS) {
             let place = Place::Extents { inode: inode.number(), block: 0 };
             let mut root = Node::new(inode.fields().block.as_slice().into(), place, None, 1 << 32)?;

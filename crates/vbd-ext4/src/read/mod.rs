@@ -8,16 +8,16 @@
 //! structure makes a reader allocate or run without an end. What a feature that is not known could mean is not guessed:
 //! it is refused by its name.
 
-mod blocks;
+pub(crate) mod blocks;
 mod directory;
 mod error;
 mod file;
 pub mod fuzz;
-mod geometry;
+pub(crate) mod geometry;
 mod inode;
-mod journal;
+pub(crate) mod journal;
 mod lookup;
-mod map;
+pub(crate) mod map;
 mod source;
 mod xattr;
 
@@ -51,10 +51,12 @@ impl Default for Options {
 
 /// A filesystem that is read. Threads may share it.
 pub struct Filesystem {
-    geometry: Geometry,
-    blocks: Blocks,
-    verify: bool,
+    pub(crate) geometry: Geometry,
+    pub(crate) blocks: Blocks,
+    pub(crate) verify: bool,
     replayed: u32,
+    /// The transaction that would have been the next in the journal, where there was something in it.
+    pub(crate) expected: Option<u32>,
     notes: Vec<String>,
 }
 
@@ -94,8 +96,14 @@ impl Filesystem {
         let geometry = Geometry::new(&bytes, options.verify)?;
         fits(&geometry, &*source)?;
         let blocks = Blocks::new(source, geometry.block_size, geometry.blocks);
-        let mut filesystem =
-            Filesystem { geometry, blocks, verify: options.verify, replayed: 0, notes: Vec::new() };
+        let mut filesystem = Filesystem {
+            geometry,
+            blocks,
+            verify: options.verify,
+            replayed: 0,
+            expected: None,
+            notes: Vec::new(),
+        };
         if options.replay && filesystem.geometry.superblock.has_incompat(incompat::RECOVER) {
             filesystem = filesystem.recover()?;
         }
@@ -125,7 +133,8 @@ impl Filesystem {
         let (source, logged) = blocks.into_parts();
         let mut blocks = Blocks::new(source, geometry.block_size, geometry.blocks);
         blocks.set_logged(logged);
-        Ok(Filesystem { geometry, blocks, verify: self.verify, replayed: replay.transactions, notes })
+        let (verify, replayed, expected) = (self.verify, replay.transactions, replay.expected);
+        Ok(Filesystem { geometry, blocks, verify, replayed, expected, notes })
     }
 
     /// The superblock, as it is after the journal.

@@ -20,8 +20,8 @@ pub trait Source: Send + Sync {
 /// A part of a file: a partition, or all of it.
 #[derive(Debug)]
 pub struct Part {
-    file: File,
-    start: u64,
+    pub(crate) file: File,
+    pub(crate) start: u64,
     size: u64,
 }
 

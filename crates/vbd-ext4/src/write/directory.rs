@@ -34,6 +34,10 @@ const HASH_ENTRY: usize = size_of::<HashEntry>();
 pub(crate) struct Form {
     pub(crate) block_size: usize,
     pub(crate) hasher: Hasher,
+    /// The number of the hash, for the tree's root.
+    pub(crate) version: u8,
+    /// Whether blocks end with a checksum.
+    pub(crate) sums: bool,
 }
 
 /// A leaf: the entries in it, by their place in hash order, and its least hash with the bit for a collision.
@@ -61,7 +65,14 @@ impl Form {
             block_size: layout.block_size() as usize,
             // Signed, whatever this machine's characters are: the superblock says so.
             hasher: Hasher { algorithm: Algorithm::HalfMd4, unsigned: false, seed },
+            version: 1,
+            sums: true,
         }
+    }
+
+    /// Bytes of a block that entries may have.
+    pub(crate) fn room(&self) -> usize {
+        self.block_size - if self.sums { TAIL } else { 0 }
     }
 
     /// Which blocks a directory with these names has.
@@ -69,7 +80,7 @@ impl Form {
         if let Some(bad) = names.iter().find(|name| !is_name(name)) {
             return Err(WriteError::Name(bad.len()));
         }
-        let room = self.block_size - TAIL;
+        let room = self.room();
         let all: usize = names.iter().map(|name| needed(name.len())).sum();
         if DOTS + all <= room {
             let mut sorted = names.to_vec();
@@ -125,7 +136,7 @@ impl Form {
 
     #[expect(clippy::cast_possible_truncation, reason = "at most 4096")]
     fn limit(&self, count_offset: usize) -> usize {
-        usize::from(hash_limit(self.block_size as u32, count_offset, true))
+        usize::from(hash_limit(self.block_size as u32, count_offset, self.sums))
     }
 }
 
@@ -133,7 +144,7 @@ fn twice_error(name: &[u8]) -> WriteError {
     WriteError::Twice(String::from_utf8_lossy(name).into_owned())
 }
 
-fn is_name(name: &[u8]) -> bool {
+pub(crate) fn is_name(name: &[u8]) -> bool {
     (1..=MAX_NAME).contains(&name.len())
         && !name.contains(&b'/')
         && !name.contains(&0)
@@ -175,7 +186,7 @@ impl Plan {
             for entry in entries {
                 leaf.add(entry.name, entry.ino, entry.file_type);
             }
-            leaf.finish(begin);
+            leaf.finish(begin, form.sums);
             return give(&block);
         }
 
@@ -195,20 +206,20 @@ impl Plan {
         put(&mut block, needed(1), parent, form.block_size - needed(1), b"..", FileType::Directory.code());
         let info = RootInfo {
             reserved: 0.into(),
-            hash_version: 1,
+            hash_version: form.version,
             length: 8,
             indirect_levels: u8::try_from(self.levels.len()).expect("at most two"),
             flags: 0,
         };
         block[ROOT_INFO..ROOT_COUNT].copy_from_slice(info.as_bytes());
-        node(&mut block, ROOT_COUNT, form.limit(ROOT_COUNT), &children, begin);
+        node(&mut block, ROOT_COUNT, form, &children, begin);
         give(&block)?;
         for level in nodes.iter().rev() {
             for children in level.chunks(form.limit(NODE_COUNT)) {
                 block.fill(0);
                 // A false entry over the whole block.
                 block[4..6].copy_from_slice(&stored_record(narrow(form.block_size)).to_le_bytes());
-                node(&mut block, NODE_COUNT, form.limit(NODE_COUNT), children, begin);
+                node(&mut block, NODE_COUNT, form, children, begin);
                 give(&block)?;
             }
         }
@@ -219,7 +230,7 @@ impl Plan {
                 let entry = &entries[*index as usize];
                 filling.add(entry.name, entry.ino, entry.file_type);
             }
-            filling.finish(begin);
+            filling.finish(begin, form.sums);
             give(&block)?;
         }
         Ok(())
@@ -236,14 +247,16 @@ fn narrow(number: usize) -> u32 {
 
 /// Fills a node of the tree of hashes.
 #[expect(clippy::cast_possible_truncation, reason = "at most what the block has room for")]
-fn node(block: &mut [u8], at: usize, limit: usize, children: &[(u32, u32)], begin: u32) {
+fn node(block: &mut [u8], at: usize, form: &Form, children: &[(u32, u32)], begin: u32) {
     for (room, (hash, child)) in block[at..].chunks_exact_mut(HASH_ENTRY).zip(children) {
         room.copy_from_slice(HashEntry { hash: (*hash).into(), block: (*child).into() }.as_bytes());
     }
     // In the place of the first one's hash.
-    let numbers = CountLimit { limit: (limit as u16).into(), count: (children.len() as u16).into() };
+    let numbers = CountLimit { limit: (form.limit(at) as u16).into(), count: (children.len() as u16).into() };
     block[at..at + size_of::<CountLimit>()].copy_from_slice(numbers.as_bytes());
-    hash_seal(begin, block, at);
+    if form.sums {
+        hash_seal(begin, block, at);
+    }
 }
 
 /// A block of entries that is being filled.
@@ -268,10 +281,12 @@ impl<'a> Filling<'a> {
     }
 
     /// The last entry takes what is left, and the block gets its checksum.
-    pub(crate) fn finish(self, begin: u32) {
-        let room = self.block.len() - TAIL - self.last;
+    pub(crate) fn finish(self, begin: u32, sums: bool) {
+        let room = self.block.len() - if sums { TAIL } else { 0 } - self.last;
         self.block[self.last + 4..self.last + 6].copy_from_slice(&stored_record(narrow(room)).to_le_bytes());
-        seal(begin, self.block);
+        if sums {
+            seal(begin, self.block);
+        }
     }
 }
 
@@ -291,6 +306,8 @@ mod tests {
         Form {
             block_size,
             hasher: Hasher { algorithm: Algorithm::HalfMd4, unsigned: false, seed: [1, 2, 3, 4] },
+            version: 1,
+            sums: true,
         }
     }
 

@@ -9,7 +9,7 @@
 //! - Blocks are given out in rising order past the filesystem's own; the same calls make the same bytes.
 //! - Nothing is flushed to the storage: that is for whoever owns the file.
 
-mod directory;
+pub(crate) mod directory;
 mod error;
 mod finish;
 mod inodes;
@@ -19,9 +19,9 @@ mod run;
 mod settings;
 mod space;
 mod target;
-mod tree;
+pub(crate) mod tree;
 mod writer;
-mod xattrs;
+pub(crate) mod xattrs;
 
 pub use directory::DirectoryEntry;
 pub use error::{Result, WriteError};

@@ -4,8 +4,6 @@ use zerocopy::IntoBytes;
 
 use super::error::{Result, WriteError};
 use super::run::Run;
-use super::space::Space;
-use super::target::Target;
 use crate::format::extent::{
     ENTRY, MAX_BLOCKS, MAX_LENGTH, MAX_UNWRITTEN, ROOT_ENTRIES, entries_in_block, seal,
 };
@@ -78,14 +76,14 @@ pub(crate) fn normalized(extents: &[Extent], size: u64, block_size: u32) -> Resu
 /// An entry of a node, with the logical block that it begins at.
 type Entry = (u32, [u8; ENTRY]);
 
-/// Writes the tree of normalized extents; the checksums of its blocks begin with `begin`.
-pub(crate) fn build(
+/// The tree of normalized extents: `node` finds a place for each of its blocks and writes it there; their checksums begin
+/// with `begin`.
+pub(crate) fn build<E>(
     extents: &[Extent],
     begin: u32,
-    space: &mut Space,
-    target: &mut Target,
     block_size: u32,
-) -> Result<Tree> {
+    mut node: impl FnMut(&[u8]) -> std::result::Result<Block, E>,
+) -> std::result::Result<Tree, E> {
     let bytes = |entry: &[u8]| <[u8; ENTRY]>::try_from(entry).expect("the size of an entry");
     let mut entries: Vec<Entry> =
         extents.iter().map(|extent| (extent.logical, bytes(extent.entry().as_bytes()))).collect();
@@ -93,13 +91,12 @@ pub(crate) fn build(
     let in_block = entries_in_block(block_size);
     while entries.len() > usize::from(ROOT_ENTRIES) {
         let mut above: Vec<Entry> = Vec::with_capacity(entries.len().div_ceil(usize::from(in_block)));
-        for node in entries.chunks(usize::from(in_block)) {
-            let place: Block = space.one()?;
+        for children in entries.chunks(usize::from(in_block)) {
             let mut block = vec![0; block_size as usize];
-            fill(&mut block, node, in_block, depth);
+            fill(&mut block, children, in_block, depth);
             seal(begin, &mut block);
-            target.write(place, &block)?;
-            above.push((node[0].0, bytes(ExtentIndex::new(node[0].0, place).as_bytes())));
+            let place = node(&block)?;
+            above.push((children[0].0, bytes(ExtentIndex::new(children[0].0, place).as_bytes())));
         }
         blocks += above.len() as u64;
         entries = above;

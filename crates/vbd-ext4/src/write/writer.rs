@@ -307,7 +307,7 @@ impl Writer {
                 filling.add(b".", ino::FIRST, FileType::Directory);
                 filling.add(b"..", ino::ROOT, FileType::Directory);
             }
-            filling.finish(begin);
+            filling.finish(begin, true);
             self.target.write(place, &block)?;
         }
         let prepared = self.own(ino::FIRST, 0o700)?;
@@ -335,8 +335,11 @@ impl Writer {
     pub(crate) fn set_extents(&mut self, ino: Ino, inode: &mut Inode, extents: &[Extent]) -> Result<u64> {
         let begin = self.seed.of_inode(ino, inode.generation.get());
         let block_size = self.layout.block_size();
-        let Tree { root, blocks } =
-            tree::build(extents, begin, &mut self.space, &mut self.target, block_size)?;
+        let Tree { root, blocks } = tree::build(extents, begin, block_size, |block| {
+            let place = self.space.one()?;
+            self.target.write(place, block)?;
+            Ok::<_, super::error::WriteError>(place)
+        })?;
         inode.block = root;
         inode.flags = (inode.flags.get() | flags::EXTENTS).into();
         Ok(blocks + extents.iter().map(|extent| u64::from(extent.length)).sum::<u64>())

@@ -53,6 +53,11 @@ impl Attribute {
 
 /// Decides what goes where.
 pub(crate) fn split(xattrs: &[Xattr], block_size: u32) -> Result<Split> {
+    split_for(xattrs, ROOM_IN_INODE, block_size)
+}
+
+/// The same, with so many bytes in the inode after the magic number; none where there is no room for that.
+pub(crate) fn split_for(xattrs: &[Xattr], room: usize, block_size: u32) -> Result<Split> {
     let mut attributes = xattrs.iter().map(convert).collect::<Result<Vec<_>>>()?;
     // The order that the kernel keeps in a block.
     attributes.sort_unstable_by(|one, other| {
@@ -69,7 +74,7 @@ pub(crate) fn split(xattrs: &[Xattr], block_size: u32) -> Result<Split> {
         return refuse(&twice[1], "the entry has it twice");
     }
     let (mut in_inode, mut rest) = (Vec::new(), Vec::new());
-    let mut free = ROOM_IN_INODE - END;
+    let mut free = room.saturating_sub(END);
     let mut free_in_block = block_size as usize - BLOCK_HEADER - END;
     for attribute in attributes {
         let size = attribute.size();
@@ -141,10 +146,21 @@ impl Split {
 
     /// Puts what goes there into an inode, whole.
     pub(crate) fn put_into(&self, inode: &mut [u8]) {
+        self.put_at(&mut inode[IN_INODE..]);
+    }
+
+    /// The same, with what is behind the inode's fields; all zeros.
+    pub(crate) fn put_at(&self, area: &mut [u8]) {
         if !self.in_inode.is_empty() {
-            inode[IN_INODE..IN_INODE + 4].copy_from_slice(&MAGIC.to_le_bytes());
-            fill(&mut inode[IN_INODE + 4..], 0, &self.in_inode, false);
+            area[..4].copy_from_slice(&MAGIC.to_le_bytes());
+            fill(&mut area[4..], 0, &self.in_inode, false);
         }
+    }
+
+    /// The block for what is not in the inode, of one inode alone; nothing where all is.
+    pub(crate) fn own_block(&self, seed: Seed, place: Block, block_size: u32) -> Option<Vec<u8>> {
+        (!self.rest.is_empty())
+            .then(|| encode(&self.rest, Shared { place, references: 1 }, seed, block_size as usize))
     }
 }
 
@@ -210,18 +226,23 @@ impl Blocks {
     }
 
     fn write(&self, rest: &Rest, shared: Shared, target: &mut Target) -> Result<()> {
-        let mut block = vec![0; self.block_size];
-        let hashes = fill(&mut block, BLOCK_HEADER, rest, true);
-        let header = BlockHeader {
-            magic: MAGIC.into(),
-            references: shared.references.into(),
-            blocks: 1.into(),
-            hash: block_hash(hashes).into(),
-            checksum: 0.into(),
-            reserved: [0.into(); 3],
-        };
-        block[..BLOCK_HEADER].copy_from_slice(header.as_bytes());
-        seal(self.seed, shared.place, &mut block);
-        target.write(shared.place, &block)
+        target.write(shared.place, &encode(rest, shared, self.seed, self.block_size))
     }
+}
+
+/// A block of attributes as it goes to its place.
+fn encode(rest: &Rest, shared: Shared, seed: Seed, block_size: usize) -> Vec<u8> {
+    let mut block = vec![0; block_size];
+    let hashes = fill(&mut block, BLOCK_HEADER, rest, true);
+    let header = BlockHeader {
+        magic: MAGIC.into(),
+        references: shared.references.into(),
+        blocks: 1.into(),
+        hash: block_hash(hashes).into(),
+        checksum: 0.into(),
+        reserved: [0.into(); 3],
+    };
+    block[..BLOCK_HEADER].copy_from_slice(header.as_bytes());
+    seal(seed, shared.place, &mut block);
+    block
 }

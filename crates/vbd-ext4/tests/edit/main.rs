@@ -1,0 +1,8 @@
+//! Filesystems changed in place by vbd-ext4: held against e2fsck, the kernel, a model in memory, and power cuts.
+
+mod images;
+mod model;
+mod operations;
+mod power;
+mod properties;
+mod refused;
