@@ -279,27 +279,10 @@ impl Editor {
         ino: Ino,
         kind: FileType,
     ) -> Result<()> {
-        let room = self.room();
         if directory.is_hashed() {
-            let (hasher, levels) = self.tree_info(directory)?;
-            let path = self.walk(directory, hasher.hash(name).major, levels)?;
-            let logical = path.last().map_or(0, Step::child);
-            let mut bytes = self.leaf(directory, logical)?.to_vec();
-            if logical == 0 || self.is_node(logical, &bytes) {
-                return Err(EditError::corrupt(
-                    directory.place(logical),
-                    "it is a leaf of the tree of hashes, and none",
-                ));
-            }
-            if entries::add(&mut bytes, room, name, ino, kind.code(), directory.place(logical))? {
-                return self.put_leaf(directory, logical, bytes);
-            }
-            if self.split(directory, hasher, &path, name, ino, kind)? {
-                return Ok(());
-            }
-            return self.rebuild(directory, name, ino, kind);
+            return self.add_hashed(directory, name, ino, kind);
         }
-        let blocks = self.blocks_in(directory);
+        let (blocks, room) = (self.blocks_in(directory), self.room());
         for logical in 0..blocks {
             let mut bytes = self.leaf(directory, logical)?.to_vec();
             if entries::add(&mut bytes, room, name, ino, kind.code(), directory.place(logical))? {
@@ -351,17 +334,120 @@ impl Editor {
         Ok(logical)
     }
 
-    /// Makes two leaves of the one at the end of a path, if its parent has room for another, and adds the entry.
-    fn split(
+    /// Adds an entry to a hashed directory.
+    fn add_hashed(&mut self, directory: &mut Directory, name: &[u8], ino: Ino, kind: FileType) -> Result<()> {
+        loop {
+            let (hasher, levels) = self.tree_info(directory)?;
+            let path = self.walk(directory, hasher.hash(name).major, levels)?;
+            let logical = path.last().map_or(0, Step::child);
+            let mut bytes = self.leaf(directory, logical)?.to_vec();
+            let place = directory.place(logical);
+            if logical == 0 || self.begin(&directory.raw).is_some() && self.is_node(logical, &bytes) {
+                return Err(EditError::corrupt(
+                    place,
+                    "the tree of hashes has a node in the place of a leaf",
+                ));
+            }
+            if entries::add(&mut bytes, self.room(), name, ino, kind.code(), place)? {
+                return self.put_leaf(directory, logical, bytes);
+            }
+            match path.iter().rposition(|step| step.count < step.limit) {
+                Some(last) if last + 1 == path.len() => {
+                    if self.split_leaf(directory, hasher, &path[last], name, ino, kind)? {
+                        return Ok(());
+                    }
+                    break;
+                }
+                Some(last) => self.split_node(directory, &path[last], &path[last + 1])?,
+                None if levels < self.most_levels() => self.add_level(directory, &path[0])?,
+                None => break,
+            }
+        }
+        self.rebuild(directory, name, ino, kind)
+    }
+
+    /// Levels that a tree can have between root and leaves.
+    fn most_levels(&self) -> usize {
+        let large = self.superblock().has_incompat(incompat::LARGEDIR);
+        usize::from(if large { directory::MAX_INDIRECT_LARGE } else { directory::MAX_INDIRECT })
+    }
+
+    /// Puts a node of the tree back, with so many entries.
+    fn put_node(
+        &mut self,
+        directory: &Directory,
+        logical: u64,
+        at: usize,
+        mut bytes: Vec<u8>,
+        count: usize,
+    ) -> Result<()> {
+        let count = u16::try_from(count).expect("a block has fewer");
+        bytes[at + 2..at + 4].copy_from_slice(&count.to_le_bytes());
+        if let Some(begin) = self.begin(&directory.raw) {
+            hash_seal(begin, &mut bytes, at);
+        }
+        let physical = directory.physical(logical)?;
+        self.filesystem.blocks.stage(physical, bytes.into());
+        Ok(())
+    }
+
+    /// Adds a child behind the one that a step leads to; there is room for it.
+    fn add_child(&mut self, directory: &Directory, step: &Step, hash: u32, child: u64) -> Result<()> {
+        let mut bytes = step.bytes.to_vec();
+        let from = step.at + (step.index + 1) * HASH_ENTRY;
+        bytes.copy_within(from..step.at + step.count * HASH_ENTRY, from + HASH_ENTRY);
+        bytes[from..from + 4].copy_from_slice(&hash.to_le_bytes());
+        let child = u32::try_from(child).expect("checked when it was opened");
+        bytes[from + 4..from + 8].copy_from_slice(&child.to_le_bytes());
+        self.put_node(directory, step.logical, step.at, bytes, step.count + 1)
+    }
+
+    /// A new node at the end of the directory, with these entries; its number.
+    fn new_node(&mut self, directory: &mut Directory, entries: &[u8]) -> Result<u64> {
+        let logical = self.append(directory)?;
+        let mut bytes = vec![0; self.block_size() as usize];
+        // A false entry over the whole block.
+        bytes[4..6].copy_from_slice(&directory::stored_record(self.block_size()).to_le_bytes());
+        bytes[NODE_COUNT..NODE_COUNT + entries.len()].copy_from_slice(entries);
+        let sums = self.filesystem.geometry.seed.is_some();
+        let limit = directory::hash_limit(self.block_size(), NODE_COUNT, sums);
+        bytes[NODE_COUNT..NODE_COUNT + 2].copy_from_slice(&limit.to_le_bytes());
+        self.put_node(directory, logical, NODE_COUNT, bytes, entries.len() / HASH_ENTRY)?;
+        Ok(logical)
+    }
+
+    /// Makes two nodes of a full one below a node with room.
+    fn split_node(&mut self, directory: &mut Directory, parent: &Step, full: &Step) -> Result<()> {
+        let half = full.count / 2;
+        let hash = full.entry(half).hash.get();
+        let entries = &full.bytes[full.at + half * HASH_ENTRY..full.at + full.count * HASH_ENTRY];
+        let second = self.new_node(directory, entries)?;
+        self.put_node(directory, full.logical, full.at, full.bytes.to_vec(), half)?;
+        self.add_child(directory, parent, hash, second)
+    }
+
+    /// Puts a level between a full root and what is below it.
+    fn add_level(&mut self, directory: &mut Directory, root: &Step) -> Result<()> {
+        let entries = &root.bytes[root.at..root.at + root.count * HASH_ENTRY];
+        let only = self.new_node(directory, entries)?;
+        let mut bytes = root.bytes.to_vec();
+        let levels = ROOT_INFO + std::mem::offset_of!(RootInfo, indirect_levels);
+        bytes[levels] += 1;
+        let child = u32::try_from(only).expect("checked when it was opened");
+        bytes[root.at + 4..root.at + 8].copy_from_slice(&child.to_le_bytes());
+        self.put_node(directory, 0, root.at, bytes, 1)
+    }
+
+    /// Makes two leaves of the one that a node with room leads to, and adds the entry to one of them, if all have room then.
+    fn split_leaf(
         &mut self,
         directory: &mut Directory,
         hasher: Hasher,
-        path: &[Step],
+        parent: &Step,
         name: &[u8],
         ino: Ino,
         kind: FileType,
     ) -> Result<bool> {
-        let Some(parent) = path.last().filter(|step| step.count < step.limit) else { return Ok(false) };
         let logical = parent.child();
         let bytes = self.leaf(directory, logical)?;
         let all = entries::entries(&bytes, directory.place(logical))?;
@@ -388,22 +474,8 @@ impl Editor {
         let goes_on = all[middle - 1].0.major == all[middle].0.major;
         let hash = all[middle].0.major | u32::from(goes_on);
 
-        let (at, index) = (parent.at, parent.index + 1);
-        let (node, mut bytes, count) = (parent.logical, parent.bytes.to_vec(), parent.count);
         let second = self.append(directory)?;
-        let from = at + index * HASH_ENTRY;
-        bytes.copy_within(from..at + count * HASH_ENTRY, from + HASH_ENTRY);
-        bytes[from..from + 4].copy_from_slice(&hash.to_le_bytes());
-        let child = u32::try_from(second).expect("checked when it was opened");
-        bytes[from + 4..from + 8].copy_from_slice(&child.to_le_bytes());
-        let count = u16::try_from(count + 1).expect("a block has fewer");
-        bytes[at + 2..at + 4].copy_from_slice(&count.to_le_bytes());
-        let begin = self.begin(&directory.raw);
-        if let Some(begin) = begin {
-            hash_seal(begin, &mut bytes, at);
-        }
-        self.filesystem.blocks.stage(directory.physical(node)?, bytes.into());
-
+        self.add_child(directory, parent, hash, second)?;
         for (logical, entries) in [(logical, &all[..middle]), (second, &all[middle..])] {
             let mut block = vec![0; self.block_size() as usize];
             fill(&mut block, room, entries.iter().map(|(_, entry)| entry));

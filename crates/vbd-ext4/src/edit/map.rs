@@ -174,7 +174,8 @@ impl Editor {
 
     fn build_map(&mut self, raw: &mut Raw, extents: &[Extent]) -> Result<()> {
         let near = self.group_of(raw.ino);
-        let size = u64::MAX >> 22;
+        let end = extents.last().map_or(0, |last| u64::from(last.logical) + u64::from(last.length));
+        let size = end * u64::from(self.block_size());
         let blocks: u64 = extents.iter().map(|extent| u64::from(extent.length)).sum();
         let nodes = if raw.has(flags::EXTENTS) {
             let extents = tree::normalized(extents, size, self.block_size())?;

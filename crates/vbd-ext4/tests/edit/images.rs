@@ -10,7 +10,7 @@ use vbd_ext4::read::Part;
 use vbd_ext4::write::{Directory, Layout, Settings, Writer};
 
 /// The time of all changes.
-pub(crate) const NOW: Timestamp = Timestamp { seconds: 1_800_000_000, nanoseconds: 5 };
+pub(crate) const NOW: Timestamp = Timestamp { seconds: 1_780_000_000, nanoseconds: 5 };
 
 pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(program);
