@@ -35,6 +35,9 @@ pub enum OpenError {
     /// The permissions forbid it.
     #[error("{}: not allowed to read it; look at its permissions and those of its directories", .0.display())]
     Denied(PathBuf),
+    /// The permissions forbid to write it.
+    #[error("{}: not allowed to write to it; look at its permissions and those of its directories", .0.display())]
+    NotWritable(PathBuf),
     /// It is something else.
     #[error("{}: is {what}; a disk is a regular file or a block device", .path.display())]
     NotADisk {
@@ -55,8 +58,19 @@ pub enum OpenError {
 
 /// Open the file at `path` to look at it: for reading, without a lease, without reading anything.
 pub fn open(path: &Path) -> Result<Image, OpenError> {
+    open_with(path, false)
+}
+
+/// Open the file at `path` to change what is in it: for reading and writing, without a lease, without reading anything.
+pub fn open_to_write(path: &Path) -> Result<Image, OpenError> {
+    open_with(path, true)
+}
+
+fn open_with(path: &Path, write: bool) -> Result<Image, OpenError> {
     let failed = |error: io::Error| match error.raw_os_error() {
         Some(libc::ENOENT) => OpenError::Missing(path.to_owned()),
+        Some(libc::EACCES | libc::EPERM) if write => OpenError::NotWritable(path.to_owned()),
+        Some(libc::EROFS) if write => OpenError::NotWritable(path.to_owned()),
         Some(libc::EACCES | libc::EPERM) => OpenError::Denied(path.to_owned()),
         _ => OpenError::Io { path: path.to_owned(), error },
     };
@@ -66,7 +80,8 @@ pub fn open(path: &Path) -> Result<Image, OpenError> {
     kind_of(&path.metadata().map_err(failed)?).map_err(not_a_disk)?;
     // Not blocking: should the name now be that of a FIFO, opening it must not wait for a peer.
     let options = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let mut file = OpenOptions::new().read(true).custom_flags(options).open(path).map_err(failed)?;
+    let mut file =
+        OpenOptions::new().read(true).write(write).custom_flags(options).open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     let kind = kind_of(&metadata).map_err(not_a_disk)?;
     let size = match kind {

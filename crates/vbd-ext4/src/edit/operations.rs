@@ -111,6 +111,19 @@ impl Editor {
         Ok(Where { directory: above.number(), name: name.to_vec(), found })
     }
 
+    /// What has a name in a directory; nothing where there is none.
+    ///
+    /// # Errors
+    ///
+    /// An inode that is no directory, or may not be changed; those of reading.
+    pub fn entry(&self, directory: Ino, name: &[u8]) -> Result<Option<crate::read::Inode>> {
+        let directory = self.directory(directory)?;
+        match self.find_entry(&directory, name)?.filter(|_| is_name(name)) {
+            Some(slot) => Ok(Some(self.filesystem.inode(slot.ino)?)),
+            None => Ok(None),
+        }
+    }
+
     /// Makes a new entry.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod files;
 mod fstab;
 mod grub;
 mod identity;
+mod image;
 mod network;
 mod root;
 mod systemd;
@@ -15,6 +16,7 @@ mod types;
 use crate::{Error, Filesystem, Meta, Result};
 
 pub(crate) use identity::check_hostname;
+pub use image::ImageRoot;
 pub use root::{Attributes, Kind, Root};
 pub(crate) use root::{LINKS, TEXT, TreeRoot};
 pub use types::{CopyIn, Mount, Network, Tailor, Text, User};

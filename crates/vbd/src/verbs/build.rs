@@ -128,7 +128,7 @@ struct SourceArgs {
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Tailoring")]
-struct TailorArgs {
+pub(super) struct TailorArgs {
     /// A TOML file with the keys of a `[tailor]` table; the options add to it
     #[arg(long, value_name = "FILE")]
     tailor: Option<PathBuf>,
@@ -177,7 +177,7 @@ struct TailorArgs {
 }
 
 impl TailorArgs {
-    fn tailor(self) -> anyhow::Result<Tailor> {
+    pub(super) fn tailor(self) -> anyhow::Result<Tailor> {
         let mut tailor = match &self.tailor {
             Some(file) => {
                 let text = std::fs::read_to_string(file)

@@ -42,6 +42,26 @@ pub(super) struct Disk {
 }
 
 impl Access {
+    /// As a reader that takes nothing for granted.
+    pub(super) fn for_partition(partition: Option<u32>) -> Access {
+        Access { partition, force_share: false, ignore_checksums: false }
+    }
+
+    /// The same partition, to change what is in it.
+    pub(super) fn changing(&self) -> super::change::Changing {
+        super::change::Changing { partition: self.partition }
+    }
+
+    /// Where in a file the filesystem is that is meant: the first byte, and how many.
+    pub(super) fn place(&self, image: &Image, path: &Path) -> anyhow::Result<(u64, u64)> {
+        let Some(number) = self.filesystem(image, path)?.1 else { return Ok((0, image.size)) };
+        let table = partitions(image, path)?;
+        let partition = table.as_ref().and_then(|table| table.partition(number));
+        let partition =
+            partition.with_context(|| format!("{}: its partition table changed", path.display()))?;
+        Ok((partition.start, partition.size.min(image.size - partition.start)))
+    }
+
     /// Opens a disk file and takes the lease for reading.
     pub(super) fn disk(&self, path: &Path) -> anyhow::Result<Disk> {
         let image = open::open(path)?;
