@@ -64,7 +64,7 @@ fn places_of_copies() {
         &["there/hostname", "there is a directory of that name"],
     );
     refused(&vbd(&["cp", "disk:/etc", "disk:/empty", "new"], path), 1, &["new: is no directory"]);
-    refused(&vbd(&["cp", "name", "disk:/etc"], path), 2, &["name: is no place in a disk"]);
+    refused(&vbd(&["cp", "name", "disk:/etc", "there"], path), 2, &["name: is no place in a disk"]);
     refused(&vbd(&["cp", "disk:/etc", "not/there"], path), 1, &["cannot open not: No such file"]);
     refused(
         &vbd(&["cp", "disk:/gone", "x"], path),

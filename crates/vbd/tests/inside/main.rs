@@ -1,5 +1,6 @@
-//! The verbs that look into a disk, on disks that mke2fs made.
+//! The verbs that look into a disk, and those that change what is in it, on disks that mke2fs made.
 
+mod changing;
 #[path = "../common/mod.rs"]
 mod common;
 mod copies;

@@ -28,7 +28,7 @@ pub(crate) struct Args {
     #[arg(long, short = 'R')]
     recursive: bool,
     /// Change links themselves
-    #[arg(long, short = 'h')]
+    #[arg(long)]
     no_dereference: bool,
     #[command(flatten)]
     changing: Changing,

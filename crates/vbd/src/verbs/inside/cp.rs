@@ -51,6 +51,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     if target.said && !args.words.iter().any(|word| Target::from(word.clone()).said) {
         return copy_in(args, &target);
     }
+    if target.said && target.image.is_file() {
+        let text = "nothing is copied from one disk to another at once; copy it out first";
+        return Err(UsageError(format!("{}: {text}", target.shown())).into());
+    }
     let to = PathBuf::from(last);
     let targets: Vec<Target> = args.words.into_iter().map(Target::from).collect();
     if let Some(target) = targets.iter().find(|target| !target.said) {
