@@ -18,6 +18,7 @@ mod inode;
 pub(crate) mod journal;
 mod lookup;
 pub(crate) mod map;
+pub(crate) mod raw;
 mod source;
 mod xattr;
 

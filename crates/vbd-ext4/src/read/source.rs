@@ -46,6 +46,17 @@ impl Source for Part {
     }
 }
 
+/// One that several filesystems are read from.
+impl<S: Source + ?Sized> Source for std::sync::Arc<S> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        (**self).read_exact_at(buffer, offset)
+    }
+}
+
 /// Bytes in memory, as if followed by zeros up to a size: for tests and fuzzing.
 #[derive(Debug)]
 pub struct Padded {
