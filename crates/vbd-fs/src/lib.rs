@@ -31,6 +31,7 @@ mod sys;
 pub mod tailor;
 pub mod tar;
 mod tree;
+pub mod upkeep;
 mod vfat;
 mod walk;
 mod watched;

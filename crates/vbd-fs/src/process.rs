@@ -58,6 +58,17 @@ impl Running {
         Err(Error::Tool { program: self.name.clone(), status: status.to_string(), stderr: said })
     }
 
+    /// Waits for the end as [`Running::wait`] does; the exit code, where a signal did not end it.
+    pub(crate) fn code(mut self, progress: &mut dyn Progress) -> Result<i32> {
+        let status = self.ended(progress, &mut |_| {})?;
+        let said = self.said();
+        status.code().ok_or_else(|| Error::Tool {
+            program: self.name.clone(),
+            status: status.to_string(),
+            stderr: said,
+        })
+    }
+
     fn ended(
         &mut self,
         progress: &mut dyn Progress,

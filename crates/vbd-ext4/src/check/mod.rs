@@ -40,6 +40,35 @@ use usage::Usage;
 ///
 /// The source cannot be read, holds no such filesystem, or one with a feature that is not looked at here.
 pub fn check(source: impl Source + 'static, progress: &mut dyn FnMut(u32, u32)) -> Result<Report> {
+    look(source, progress, &mut |_, _| {})
+}
+
+/// Looks at all of a filesystem as [`check`] does, and tells in rising order which of its bytes nothing uses. Nobody is
+/// told where something is wrong.
+///
+/// # Errors
+///
+/// Those of [`check`].
+pub fn unused(
+    source: impl Source + 'static,
+    progress: &mut dyn FnMut(u32, u32),
+) -> Result<(Report, Vec<std::ops::Range<u64>>)> {
+    let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+    let report = look(source, progress, &mut |start, end| match ranges.last_mut() {
+        Some(last) if last.end == start => last.end = end,
+        _ => ranges.push(start..end),
+    })?;
+    if !report.is_clean() {
+        ranges.clear();
+    }
+    Ok((report, ranges))
+}
+
+fn look(
+    source: impl Source + 'static,
+    progress: &mut dyn FnMut(u32, u32),
+    free: &mut dyn FnMut(u64, u64),
+) -> Result<Report> {
     let source: std::sync::Arc<dyn Source> = std::sync::Arc::new(source);
     let mut report = Report::default();
     // Once with all checksums, for those of the journal are looked at only while it is opened.
@@ -72,6 +101,9 @@ pub fn check(source: impl Source + 'static, progress: &mut dyn FnMut(u32, u32)) 
     }
     let mut checker = Checker::new(&filesystem, report);
     checker.all(progress)?;
+    if checker.report.is_clean() {
+        checker.free(free);
+    }
     Ok(checker.report)
 }
 
@@ -161,6 +193,31 @@ impl<'a> Checker<'a> {
         self.tree();
         self.bitmaps()?;
         Ok(())
+    }
+
+    /// The bytes of blocks that nothing uses.
+    fn free(&self, give: &mut dyn FnMut(u64, u64)) {
+        let size = u64::from(self.numbers.block_size);
+        for group in 0..self.numbers.groups {
+            let (start, length) = (self.start(group), self.length(group));
+            let Some(bits) = self.used.group(group) else {
+                give(start * size, (start + length) * size);
+                continue;
+            };
+            let mut from = None;
+            for bit in 0..=length {
+                let at = usize::try_from(bit).unwrap_or(0);
+                let used = bit == length || bits[at / 8] & 1 << (at % 8) != 0;
+                match (used, from) {
+                    (false, None) => from = Some(bit),
+                    (true, Some(first)) => {
+                        give((start + first) * size, (start + bit) * size);
+                        from = None;
+                    }
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Something that is wrong.

@@ -2,6 +2,8 @@
 
 mod attach;
 mod build;
+mod check;
+mod compact;
 mod completions;
 mod control;
 mod create;
@@ -28,6 +30,8 @@ pub(crate) enum Verb {
     Seed(seed::Args),
     Info(info::Args),
     Map(map::Args),
+    Check(check::Args),
+    Compact(compact::Args),
     Ls(inside::ls::Args),
     Cat(inside::cat::Args),
     Cp(inside::cp::Args),
@@ -64,6 +68,8 @@ impl Verb {
             Verb::Seed(args) => seed::run(args),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
+            Verb::Check(args) => check::run(args),
+            Verb::Compact(args) => compact::run(args),
             Verb::Ls(args) => inside::ls::run(args),
             Verb::Cat(args) => inside::cat::run(args),
             Verb::Cp(args) => inside::cp::run(args),

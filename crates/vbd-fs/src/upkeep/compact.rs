@@ -1,0 +1,115 @@
+//! `vbd compact`: what the filesystems in an image hold free becomes holes of the file.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use vbd_ext4::format::superblock::incompat;
+use vbd_ext4::read::{Filesystem, Options};
+
+use super::{Disk, Volume};
+use crate::error::Context;
+use crate::{Error, Progress, Result, Step};
+
+/// Bytes that one call punches: the kernel holds the file's lock meanwhile, and a wish to stop is looked at between.
+const PIECE: u64 = 1 << 30;
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compacted {
+    /// Bytes that were data and nothing used.
+    pub punched: u64,
+    /// Bytes of storage that the file had before.
+    pub before: u64,
+    /// Bytes of storage that it has now.
+    pub after: u64,
+}
+
+/// Punches holes where the filesystems of an image use nothing. Everything is checked before the first hole: where the
+/// bitmaps may be wrong nothing is touched.
+///
+/// # Errors
+///
+/// A filesystem that is damaged, was not unmounted, or cannot be looked at; a file whose filesystem has no holes.
+pub fn compact(disk: &Disk, progress: &mut dyn Progress) -> Result<Compacted> {
+    let allocated = || disk.file.metadata().map(|metadata| metadata.blocks() * 512).at("look at", &disk.path);
+    if disk.volumes.is_empty() {
+        let reason = "it has no ext2, ext3 or ext4 filesystem, whose free blocks alone are known";
+        return Err(Error::Inside(format!("{}: {reason}", disk.path.display())));
+    }
+    let before = allocated()?;
+    let mut free = Vec::new();
+    for volume in &disk.volumes {
+        free.extend(unused(disk, volume, progress)?);
+    }
+    let total = free.iter().map(|range| range.end - range.start).sum();
+    progress.step(Step::Write, Some(total));
+    let mut punched = 0;
+    for range in free {
+        punched += punch(disk, &range, progress)?;
+        progress.advance(range.end - range.start);
+    }
+    progress.step(Step::Sync, None);
+    disk.file.sync_all().at("flush", &disk.path)?;
+    Ok(Compacted { punched, before, after: allocated()? })
+}
+
+/// The bytes of the file that a filesystem has and does not use.
+fn unused(disk: &Disk, volume: &Volume, progress: &mut dyn Progress) -> Result<Vec<std::ops::Range<u64>>> {
+    let name = disk.name(volume);
+    let failed = |error: vbd_ext4::read::Error| Error::Inside(format!("{name}: {error}"));
+    let filesystem =
+        Filesystem::open(disk.part(volume)?, Options { verify: true, replay: false }).map_err(failed)?;
+    if filesystem.superblock().has_incompat(incompat::RECOVER) {
+        let remedy = "its journal has to be replayed first: `vbd check --repair`, or a mount";
+        return Err(Error::Inside(format!("{name}: it was not unmounted; {remedy}")));
+    }
+    drop(filesystem);
+    progress.step(Step::Read, None);
+    let (report, ranges) =
+        vbd_ext4::check::unused(disk.part(volume)?, &mut |_, _| progress.advance(0)).map_err(failed)?;
+    if !report.is_clean() {
+        let first = report.problems.first().map(|problem| format!(" ({problem})")).unwrap_or_default();
+        return Err(Error::Inside(format!(
+            "{name}: it is damaged{first}, so what is free cannot be known; see `vbd check`"
+        )));
+    }
+    Ok(ranges.into_iter().map(|range| volume.start + range.start..volume.start + range.end).collect())
+}
+
+/// Makes a hole of a range, where the file has data in it; how many bytes that were.
+fn punch(disk: &Disk, range: &std::ops::Range<u64>, progress: &mut dyn Progress) -> Result<u64> {
+    let file = disk.file.as_fd();
+    let mut at = range.start;
+    let mut punched = 0;
+    while at < range.end {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < range.end => data.max(at),
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(error) => return Err(error).at("look for data in", &disk.path),
+        };
+        let hole =
+            seek(file, SeekFrom::Hole(data)).at("look for holes in", &disk.path)?.clamp(data, range.end);
+        let end = hole.min(data + PIECE);
+        if end == data {
+            break;
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(file, flags, data, end - data) {
+            Ok(()) => punched += end - data,
+            Err(Errno::INTR) => continue,
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                let reason = "its filesystem knows no holes";
+                return Err(Error::Inside(format!("{}: {reason}", disk.path.display())));
+            }
+            Err(error) => return Err(error).at("make a hole in", &disk.path),
+        }
+        if progress.cancelled() {
+            // What is a hole by now is one that may be.
+            return Err(Error::Stopped);
+        }
+        at = end;
+    }
+    Ok(punched)
+}
