@@ -16,6 +16,8 @@ mod directory;
 mod entries;
 mod error;
 mod groups;
+mod grow;
+mod identity;
 mod inodes;
 mod journal;
 mod map;
@@ -25,6 +27,7 @@ mod xattrs;
 
 pub use crate::format::{Attributes, FileType, Ino, Timestamp, Xattr};
 pub use error::{EditError, Result};
+pub use grow::Grown;
 pub use operations::{New, Where};
 pub use storage::Storage;
 

@@ -15,16 +15,16 @@ use crate::operations::{attributes, with_mounted};
 /// What reaches the storage whole.
 const PAGE: usize = 4096;
 
-enum Event {
+pub(crate) enum Event {
     Write(usize, Vec<u8>),
     Sync,
 }
 
 /// An image in memory that remembers how it came about.
 #[derive(Clone)]
-struct Recorder {
-    now: Arc<Mutex<Vec<u8>>>,
-    events: Arc<Mutex<Vec<Event>>>,
+pub(crate) struct Recorder {
+    pub(crate) now: Arc<Mutex<Vec<u8>>>,
+    pub(crate) events: Arc<Mutex<Vec<Event>>>,
 }
 
 impl Source for Recorder {
@@ -55,7 +55,7 @@ impl Storage for Recorder {
 
 /// All that the storage may hold when the power is cut: the writes since the last flush each page by page, in any mixture.
 /// The same numbers give the same mixtures.
-fn states(before: &[u8], events: &[Event], mut look: impl FnMut(usize, &[u8])) {
+pub(crate) fn states(before: &[u8], events: &[Event], mut look: impl FnMut(usize, &[u8])) {
     let mut flushed = before.to_vec();
     let mut pending: Vec<(usize, Vec<u8>)> = Vec::new();
     let mut random = 0x1234_5678_9abc_def0u64;
