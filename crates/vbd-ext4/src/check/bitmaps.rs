@@ -26,14 +26,7 @@ impl Checker<'_> {
         let descriptor = self.filesystem.group(group, false)?;
         let length = self.length(group);
         let bytes = usize::try_from(numbers.blocks_per_group / 8).unwrap_or(0);
-        let none;
-        let bits = match self.used.group(group) {
-            Some(bits) => bits.to_vec(),
-            None => {
-                none = vec![0; bytes];
-                none
-            }
-        };
+        let bits = self.used.group(group).map_or_else(|| vec![0; bytes], <[u8]>::to_vec);
         let used: u64 = bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
         let free = length - used;
         self.free_blocks += free;
@@ -42,7 +35,6 @@ impl Checker<'_> {
             self.bad(Place::Group(group), format!("it says that {said} blocks are free, and {free} are"));
         }
         let start = self.start(group);
-        // Clippy would have a number of blocks of a group be anything; it is at most 2^19.
         let count = usize::try_from(length).unwrap_or(0);
         let uninit = descriptor.flags.get() & flags::BLOCK_UNINIT != 0 && self.has_group_sums();
         if !uninit && !self.used.exist(descriptor.block_bitmap(), 1) {

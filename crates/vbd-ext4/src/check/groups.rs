@@ -115,7 +115,8 @@ impl Checker<'_> {
         let flexible = self.superblock.has_incompat(incompat::FLEX_BG);
         let (start, end) = (self.start(number), self.start(number) + self.length(number));
         for (what, block, length) in self.places(descriptor) {
-            if !self.used.exist(block, length) || !flexible && !(start <= block && block + length <= end) {
+            let own = flexible || start <= block && block.saturating_add(length) <= end;
+            if !self.used.exist(block, length) || !own {
                 self.bad(place, format!("its {what} is said to be at block {block}"));
                 continue;
             }

@@ -2,6 +2,7 @@
 
 mod clean;
 mod damaged;
+mod hostile;
 #[path = "../write/model.rs"]
 #[allow(dead_code, reason = "it is the writer's tests that use all of it")]
 mod model;

@@ -128,6 +128,6 @@ pub fn repair(disk: &Disk, progress: &mut dyn Progress) -> Result<()> {
 }
 
 /// Runs a program to its end; its exit code.
-fn run(command: &mut Command, progress: &mut dyn Progress) -> Result<i32> {
+pub(super) fn run(command: &mut Command, progress: &mut dyn Progress) -> Result<i32> {
     Running::start(command, "e2fsprogs")?.code(progress)
 }

@@ -46,8 +46,11 @@ pub fn compact(disk: &Disk, progress: &mut dyn Progress) -> Result<Compacted> {
     let total = free.iter().map(|range| range.end - range.start).sum();
     progress.step(Step::Write, Some(total));
     let mut punched = 0;
+    // Parts of the storage's blocks would only be written over with zeros.
+    let block = disk.file.metadata().at("look at", &disk.path)?.blksize().max(512);
     for range in free {
-        punched += punch(disk, &range, progress)?;
+        let inner = range.start.next_multiple_of(block)..range.end / block * block;
+        punched += punch(disk, &inner, progress)?;
         progress.advance(range.end - range.start);
     }
     progress.step(Step::Sync, None);
@@ -60,7 +63,7 @@ fn unused(disk: &Disk, volume: &Volume, progress: &mut dyn Progress) -> Result<V
     let name = disk.name(volume);
     let failed = |error: vbd_ext4::read::Error| Error::Inside(format!("{name}: {error}"));
     let filesystem =
-        Filesystem::open(disk.part(volume)?, Options { verify: true, replay: false }).map_err(failed)?;
+        Filesystem::open(disk.part(volume)?, Options { verify: false, replay: false }).map_err(failed)?;
     if filesystem.superblock().has_incompat(incompat::RECOVER) {
         let remedy = "its journal has to be replayed first: `vbd check --repair`, or a mount";
         return Err(Error::Inside(format!("{name}: it was not unmounted; {remedy}")));

@@ -31,7 +31,7 @@ pub struct Disk {
     /// The filesystems of the ext family in it.
     pub volumes: Vec<Volume>,
     /// Ends with the disk.
-    _lease: Lease,
+    _lease: Option<Lease>,
 }
 
 /// A filesystem in an image.
@@ -67,7 +67,7 @@ impl Disk {
             vbd_image::open::Kind::Block => looked_at.size,
         };
         let (table, volumes) = Disk::look(&file, size).at("read", path)?;
-        Ok(Disk { file, path: path.to_owned(), size, table, volumes, _lease: lease })
+        Ok(Disk { file, path: path.to_owned(), size, table, volumes, _lease: Some(lease) })
     }
 
     /// The partition table and the filesystems of a file.
@@ -113,14 +113,26 @@ impl Disk {
     }
 
     /// How programs of e2fsprogs are told where a filesystem is.
-    pub(crate) fn argument(&self, volume: &Volume) -> std::ffi::OsString {
-        let mut argument =
-            std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone()).into_os_string();
-        if volume.start > 0 {
-            argument.push(format!("?offset={}", volume.start));
-        }
-        argument
+    pub(super) fn argument(&self, volume: &Volume) -> std::ffi::OsString {
+        argument(&self.path, volume)
     }
+
+    /// A file without a name, which nobody else can have a lease of.
+    pub(super) fn draft(file: &File, path: PathBuf) -> Result<Disk> {
+        let file = file.try_clone().at("open once more", &path)?;
+        let size = file.metadata().at("look at", &path)?.len();
+        let (table, volumes) = Disk::look(&file, size).at("read", &path)?;
+        Ok(Disk { file, path, size, table, volumes, _lease: None })
+    }
+}
+
+/// How programs of e2fsprogs are told where in a file a filesystem is.
+pub(super) fn argument(path: &Path, volume: &Volume) -> std::ffi::OsString {
+    let mut argument = std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).into_os_string();
+    if volume.start > 0 {
+        argument.push(format!("?offset={}", volume.start));
+    }
+    argument
 }
 
 /// Whether a filesystem of the ext family begins there.

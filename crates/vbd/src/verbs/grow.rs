@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use vbd_daemon::control::{Grow, Grown};
+use vbd_fs::Time;
+use vbd_fs::upkeep::{self, Disk};
 use vbd_image::lease::{self, Lease};
 use vbd_image::open::{self, Kind};
 use vbd_image::size::{Human, Size, SizeError};
@@ -16,6 +18,8 @@ use super::control::{self, unknown};
 use crate::output::print;
 
 /// Make a disk larger: one that is served, whose guest sees it at once, or a file.
+///
+/// In a file that nobody serves, the last partition and the ext3 or ext4 filesystem in it grow with it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The name of a disk that is served, or a file
@@ -26,6 +30,9 @@ pub(crate) struct Args {
     /// The new size, without the option's name
     #[arg(value_name = "SIZE", conflicts_with = "size")]
     to: Option<Amount>,
+    /// Leave partitions and filesystems in a file as they are
+    #[arg(long)]
+    file_only: bool,
     #[command(flatten)]
     control: control::Args,
 }
@@ -55,6 +62,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         None if file.exists() => args.control.find_file(file)?,
         other => other,
     };
+    if served.is_none() && file.exists() && !args.file_only {
+        return inside(file, to);
+    }
     let (name, grown) = match served {
         Some(found) => (found.disk.name.clone(), found.client.grow(&found.disk.name, to)?),
         None if file.exists() => (args.target.clone(), offline(file, to)?),
@@ -66,11 +76,39 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(print(&format!("{name}: {} -> {}\n", Human(grown.before), Human(grown.size)))?)
 }
 
-/// Makes a file larger that nobody serves, and keeps others from it meanwhile.
-fn offline(path: &Path, to: Grow) -> anyhow::Result<Grown> {
+/// Makes a file larger that nobody serves, with what is in it.
+fn inside(path: &Path, to: Grow) -> anyhow::Result<()> {
+    not_a_device(path)?;
+    let disk = Disk::open(path, lease::Mode::Write)?;
+    let Some(size) = to.of(disk.size) else { bail!("{}: no file can become that large", path.display()) };
+    if size < disk.size {
+        bail!(
+            "{}: it has {} ({} bytes), and a disk does not become smaller this way: `vbd shrink` does that",
+            path.display(),
+            Human(disk.size),
+            disk.size
+        );
+    }
+    let larger = upkeep::grow(&disk, size, Time::now())?;
+    let name = path.display();
+    let mut text = format!("{name}: {} -> {}\n", Human(larger.before), Human(larger.size));
+    if let Some((volume, before, after)) = larger.filesystem {
+        let partition = volume.partition.map(|number| format!(" of partition {number}")).unwrap_or_default();
+        text += &format!("{name}: filesystem{partition}: {} -> {}\n", Human(before), Human(after));
+    }
+    Ok(print(&text)?)
+}
+
+fn not_a_device(path: &Path) -> anyhow::Result<()> {
     if open::open(path)?.kind == Kind::Block {
         bail!("{}: a block device is made larger by what made it (lvextend, for example)", path.display());
     }
+    Ok(())
+}
+
+/// Makes a file larger that nobody serves, and nothing in it, and keeps others from it meanwhile.
+fn offline(path: &Path, to: Grow) -> anyhow::Result<Grown> {
+    not_a_device(path)?;
     let failed = |doing| move || format!("{}: {doing}", path.display());
     let file =
         File::options().read(true).write(true).open(path).with_context(failed("opening it for writing"))?;

@@ -3,6 +3,7 @@
 mod attach;
 mod build;
 mod check;
+mod clone;
 mod compact;
 mod completions;
 mod control;
@@ -17,6 +18,7 @@ mod man;
 mod map;
 mod seed;
 mod serving;
+mod shrink;
 mod stat;
 mod up;
 mod xen;
@@ -32,6 +34,8 @@ pub(crate) enum Verb {
     Map(map::Args),
     Check(check::Args),
     Compact(compact::Args),
+    Clone(Box<clone::Args>),
+    Shrink(shrink::Args),
     Ls(inside::ls::Args),
     Cat(inside::cat::Args),
     Cp(inside::cp::Args),
@@ -70,6 +74,8 @@ impl Verb {
             Verb::Map(args) => map::run(args),
             Verb::Check(args) => check::run(args),
             Verb::Compact(args) => compact::run(args),
+            Verb::Clone(args) => clone::run(*args),
+            Verb::Shrink(args) => shrink::run(args),
             Verb::Ls(args) => inside::ls::run(args),
             Verb::Cat(args) => inside::cat::run(args),
             Verb::Cp(args) => inside::cp::run(args),

@@ -1,0 +1,181 @@
+//! `vbd shrink`: an image made smaller, filesystem, partition and file together.
+//!
+//! resize2fs moves blocks and inodes, which it does not do crash-safe: it works on a copy beside the image, which takes the
+//! image's place when all is done. Where the filesystem below shares blocks the copy costs nothing.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use vbd_image::size::Human;
+
+use super::check::run;
+use super::copy::{copy, range};
+use super::{Disk, Volume};
+use crate::error::Context;
+use crate::process::e2fsprogs;
+use crate::{Error, Progress, Result, Step};
+
+/// What became smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Smaller {
+    /// Bytes of the file before.
+    pub before: u64,
+    /// Bytes of it now.
+    pub size: u64,
+}
+
+/// Makes an image `size` bytes large. It is another file afterwards: hard links to the old one stay with the old one.
+///
+/// # Errors
+///
+/// A size that is larger, or below what is used; a damaged filesystem; resize2fs missing or failing. The image is then as
+/// it was.
+pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smaller> {
+    let refuse = |why: String| Err(Error::Inside(format!("{}: {why}", disk.path.display())));
+    let before = disk.size;
+    if size >= before {
+        return refuse(format!(
+            "it has {} ({before} bytes) already; `vbd grow` makes it larger",
+            Human(before)
+        ));
+    }
+    if disk.table.is_none() && disk.volumes.is_empty() {
+        return refuse(
+            "no ext2, ext3 or ext4 filesystem is in it, and others are not made smaller".to_owned(),
+        );
+    }
+    let table = match &disk.table {
+        None => None,
+        Some(table) => {
+            let mut table = table.clone();
+            if let Some(problem) = table.problems.first() {
+                return refuse(format!("the partition table {problem}; repair it first"));
+            }
+            let end = super::grow::room(&table, size);
+            let (last, number) = match table.partitions.iter_mut().max_by_key(|partition| partition.end()) {
+                Some(last) if last.end() > end => {
+                    if last.start >= end {
+                        return refuse(format!("partition {} begins behind its new end", last.number));
+                    }
+                    last.size = end - last.start;
+                    (Some(last.size), last.number)
+                }
+                _ => (None, 0),
+            };
+            if let Err(misfit) = table.check(size) {
+                return refuse(format!("its partition table cannot be changed: {misfit}"));
+            }
+            if last.is_some() && !disk.volumes.iter().any(|volume| volume.partition == Some(number)) {
+                return refuse(format!(
+                    "partition {number} has no ext2, ext3 or ext4 filesystem, and would be cut off"
+                ));
+            }
+            Some((table, last, number))
+        }
+    };
+    let volume = match &table {
+        None => disk.volumes.first().map(|volume| (*volume, size)),
+        Some((_, None, _)) => None,
+        Some((_, Some(size), number)) => disk
+            .volumes
+            .iter()
+            .find(|volume| volume.partition == Some(*number))
+            .map(|volume| (*volume, *size)),
+    };
+    if let Some((volume, size)) = &volume {
+        enough(&disk, volume, *size)?;
+    }
+
+    let directory = disk.path.canonicalize().at("find", &disk.path)?;
+    let target = directory.clone();
+    let directory = directory.parent().unwrap_or(Path::new("/"));
+    let new = tempfile::Builder::new().prefix(".vbd-").suffix(".shrunk").tempfile_in(directory);
+    let new = new.at("make a file beside", &disk.path)?;
+    copy(&disk, new.as_file(), progress)?;
+    progress.step(Step::Write, None);
+    match &volume {
+        Some((volume, size)) if volume.start == 0 => resize(&disk, new.path(), volume, *size, progress)?,
+        Some((volume, size)) => in_a_file(&disk, new.as_file(), directory, volume, *size, progress)?,
+        None => {}
+    }
+    new.as_file().set_len(size).at("make smaller", new.path())?;
+    if let Some((table, ..)) = &table {
+        table.write(new.as_file(), size).at("write the partition table of", new.path())?;
+    }
+    let metadata = disk.file.metadata().at("look at", &disk.path)?;
+    new.as_file().set_permissions(metadata.permissions()).at("set the mode of", new.path())?;
+    std::os::unix::fs::fchown(new.as_file(), Some(metadata.uid()), Some(metadata.gid()))
+        .at("set the owner of", new.path())?;
+    new.as_file().sync_all().at("flush", new.path())?;
+    new.persist(&target)
+        .map_err(|error| Error::io(format!("cannot replace {}", target.display()), error.error))?;
+    File::open(directory).and_then(|directory| directory.sync_all()).at("flush", directory)?;
+    Ok(Smaller { before, size })
+}
+
+/// Refuses a size below what is used: resize2fs would refuse or fail later, and say less.
+fn enough(disk: &Disk, volume: &Volume, size: u64) -> Result<()> {
+    let failed = |error: vbd_ext4::read::Error| Error::Inside(format!("{}: {error}", disk.name(volume)));
+    let report = vbd_ext4::check::check(disk.part(volume)?, &mut |_, _| {}).map_err(failed)?;
+    if !report.is_clean() {
+        return Err(Error::Inside(format!("{}: it is damaged; see `vbd check`", disk.name(volume))));
+    }
+    let filesystem = vbd_ext4::read::Filesystem::open(disk.part(volume)?, vbd_ext4::read::Options::default());
+    let filesystem = filesystem.map_err(failed)?;
+    let usage = filesystem.usage().map_err(failed)?;
+    let used = usage.size - usage.free;
+    // Bitmaps and tables of groups that go are part of what is used now.
+    let groups = usage.size.div_ceil(128 << 20);
+    let tables = usage.inodes * u64::from(filesystem.superblock().inode_size.get()) + groups * 8192;
+    let least = used.saturating_sub(tables.min(used));
+    if size < least {
+        let name = disk.name(volume);
+        return Err(Error::Inside(format!(
+            "{name}: {} ({used} bytes) of it are used, and it was to have {} ({size} bytes)",
+            Human(used),
+            Human(size)
+        )));
+    }
+    Ok(())
+}
+
+/// Shrinks a filesystem in a partition: in a file of its own, for resize2fs cuts the file that it works on to the size of the
+/// filesystem, wherever in the file that begins.
+fn in_a_file(
+    disk: &Disk,
+    new: &File,
+    directory: &Path,
+    volume: &Volume,
+    size: u64,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let alone = tempfile::Builder::new().prefix(".vbd-").suffix(".shrunk").tempfile_in(directory);
+    let alone = alone.at("make a file in", directory)?;
+    alone.as_file().set_len(volume.size).at("set the size of", alone.path())?;
+    let whole = (volume.start, volume.start + volume.size);
+    let interrupted = |done: bool| if done { Ok(()) } else { Err(Error::Interrupted) };
+    interrupted(range(&disk.file, whole, alone.as_file(), 0, progress)?)?;
+    let own = Volume { start: 0, ..*volume };
+    resize(disk, alone.path(), &own, size, progress)?;
+    // resize2fs may have put another file in its place, or cut this one.
+    let shrunk = File::open(alone.path()).at("open", alone.path())?;
+    let length = shrunk.metadata().at("look at", alone.path())?.len().min(size);
+    super::grow::zeros(new, &disk.path, whole.0, whole.1)?;
+    interrupted(range(&shrunk, (0, length), new, volume.start, progress)?)
+}
+
+fn resize(disk: &Disk, copy: &Path, volume: &Volume, size: u64, progress: &mut dyn Progress) -> Result<()> {
+    let argument = super::disk::argument(copy, volume);
+    let name = disk.name(volume);
+    // resize2fs wants one that was checked just now.
+    let code = run(e2fsprogs("e2fsck").arg("-fp").arg(&argument), progress)?;
+    if code > 1 {
+        return Err(Error::Inside(format!("{name}: e2fsck could not check it (exit code {code})")));
+    }
+    let mut command = e2fsprogs("resize2fs");
+    let running =
+        crate::process::Running::start(command.arg(&argument).arg(format!("{}K", size / 1024)), "e2fsprogs")?;
+    running.wait(progress, |_| {})?;
+    Ok(())
+}
