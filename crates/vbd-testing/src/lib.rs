@@ -3,10 +3,12 @@
 
 pub mod corpus;
 mod disk;
+mod mount;
 
 use std::time::{Duration, Instant};
 
 pub use disk::{Asked, Behaviour, MemDisk};
+pub use mount::unmount;
 
 /// Waits for something that another thread does; a test hangs on a bug no longer than this.
 ///

@@ -102,7 +102,7 @@ fn of_the_kernel() {
     run("sh", &["-c", &script]);
     let copy = directory.path().join("copy");
     std::fs::copy(&image, &copy).unwrap();
-    run("umount", &[point]);
+    vbd_testing::unmount(std::path::Path::new(point), &image);
     is_clean(&image, "the kernel");
     let unclean = look(&copy);
     assert!(unclean.is_clean(), "{unclean:#?}");

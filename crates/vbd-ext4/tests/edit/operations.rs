@@ -20,7 +20,7 @@ fn content(editor: &Editor, path: &str) -> Vec<u8> {
 
 /// Bytes that are nowhere zero for long.
 fn bytes(length: usize, seed: u8) -> Vec<u8> {
-    (0..length).map(|at| (at % 251) as u8 ^ seed | 1).collect()
+    (0..=250u8).cycle().take(length).map(|at| at ^ seed | 1).collect()
 }
 
 #[test]
@@ -271,7 +271,7 @@ pub(crate) fn with_mounted(image: &Path, look: impl FnOnce(&Path)) {
     let text = place.path().to_str().unwrap();
     run("mount", &["-o", "loop", image.to_str().unwrap(), text]);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(place.path())));
-    run("umount", &[text]);
+    vbd_testing::unmount(place.path(), image);
     if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }

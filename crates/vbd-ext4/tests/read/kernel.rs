@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use vbd_ext4::read::{Error, Filesystem, Links, Options, Part};
 
 use crate::sample::{self, same};
-use crate::support::{command, image, open, run, text};
+use crate::support::{image, open, run, text};
 
 /// A filesystem that is mounted until it is dropped.
 struct Mounted {
+    image: PathBuf,
     at: PathBuf,
 }
 
@@ -20,13 +21,13 @@ impl Mounted {
         let at = image.with_extension("mounted");
         fs::create_dir_all(&at).unwrap();
         run("mount", &["-o", &format!("loop,{options}"), text(image), text(&at)]);
-        Mounted { at }
+        Mounted { image: image.to_owned(), at }
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = command("umount", &[text(&self.at)]).status();
+        vbd_testing::unmount(&self.at, &self.image);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::tools::run;
 /// A filesystem mounted until dropped.
 pub(crate) struct Mounted {
     place: TempDir,
+    image: PathBuf,
 }
 
 impl Mounted {
@@ -24,7 +25,7 @@ impl Mounted {
             "mount",
             &["-t", "ext4", "-o", &options, image.to_str().unwrap(), place.path().to_str().unwrap()],
         );
-        Mounted { place }
+        Mounted { place, image: image.to_owned() }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -34,7 +35,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run("umount", &[self.place.path().to_str().unwrap()]);
+        vbd_testing::unmount(self.place.path(), &self.image);
     }
 }
 

@@ -19,7 +19,10 @@ fn layer(lines: &[&str]) -> Vec<u8> {
             (words.next().unwrap(), words.next().unwrap(), words.next().unwrap_or_default());
         let mut header = tar::Header::new_gnu();
         header.set_mode(if kind == "d" { 0o755 } else { 0o640 });
-        (header.set_uid(7), header.set_gid(8), header.set_mtime(1_600_000_000), header.set_size(0));
+        header.set_uid(7);
+        header.set_gid(8);
+        header.set_mtime(1_600_000_000);
+        header.set_size(0);
         match kind {
             "d" => header.set_entry_type(tar::EntryType::Directory),
             "l" => header.set_entry_type(tar::EntryType::Symlink),

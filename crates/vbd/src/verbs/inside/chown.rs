@@ -99,10 +99,10 @@ fn number(editor: &Editor, name: &str, file: &str) -> anyhow::Result<u32> {
     let text = filesystem.read_all(&inode, NAMES)?;
     for line in String::from_utf8_lossy(&text).lines() {
         let mut fields = line.split(':');
-        if fields.next() == Some(name) {
-            if let Some(number) = fields.nth(1).and_then(|number| number.parse().ok()) {
-                return Ok(number);
-            }
+        if fields.next() == Some(name)
+            && let Some(number) = fields.nth(1).and_then(|number| number.parse().ok())
+        {
+            return Ok(number);
         }
     }
     bail!("{name} is not in the disk's {file}; use a number")
