@@ -47,6 +47,8 @@ use verify::Verify;
 
 /// A size that is found is a whole number of these.
 const MIB: u64 = 1 << 20;
+/// How often a size is made larger by a part of it until it does: this makes it eighty times as large.
+const GUESSES: u32 = 280;
 
 /// What is to be made.
 pub(crate) struct Making<'a> {
@@ -176,8 +178,10 @@ impl<'a> Maker<'a> {
                 let layout = Layout::new(&self.settings).map_err(|e| self.no_layout(size, e))?;
                 let mut store = self.store(layout.clone(), image)?;
                 let gathered = self.gather(input, Some(&layout), &mut store, progress)?;
-                self.check(&gathered, &layout, &store, progress)?;
-                self.finish(gathered, layout, store, None, progress)
+                // Zeros that the source stores are left out by copying alone.
+                let tight = self.check(&gathered, &layout, &store, progress)?;
+                let share = self.share().filter(|_| !tight);
+                self.finish(gathered, layout, store, (None, share), progress)
             }
             ImageSize::Auto { .. } => {
                 let spool =
@@ -192,7 +196,7 @@ impl<'a> Maker<'a> {
                 let mut placed = self.store(layout.clone(), image)?;
                 // The order in which content came is a part of what it is.
                 placed.note(&store.digest());
-                self.finish(gathered, layout, placed, Some(held), progress)
+                self.finish(gathered, layout, placed, (Some(held), self.share()), progress)
             }
         }
     }
@@ -285,21 +289,22 @@ impl<'a> Maker<'a> {
         wanted.then_some(self.making.directory)
     }
 
-    /// Fails where it does not fit; content is counted by reading it if that can make the difference.
+    /// Fails where it does not fit; content is counted by reading it if that can make the difference, which is true then.
     fn check(
         &self,
         gathered: &Gathered,
         layout: &Layout,
         store: &Store<Image>,
         progress: &mut dyn Progress,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let needs = room::of(&gathered.plan, layout)?;
         let mut all = Room {
             blocks: needs.own.blocks + needs.content + store.missing + gathered.beyond.1,
             inodes: needs.own.inodes + gathered.beyond.0,
         };
         let fits = |room: &Room| room.blocks <= layout.free_blocks() && room.inodes <= layout.free_inodes();
-        if !fits(&all) && needs.waiting > 0 {
+        let tight = !fits(&all);
+        if tight && needs.waiting > 0 {
             // Zeros that the source stores take no room.
             let file = store.file().try_clone().at("open", Path::new("the image"))?;
             let mut count = Store::new(file, self.making.offset, Nowhere);
@@ -307,7 +312,7 @@ impl<'a> Maker<'a> {
             copy::count(&gathered.plan, &way, &mut count, progress)?;
             all.blocks = all.blocks - needs.waiting + count.missing;
         }
-        if fits(&all) { Ok(()) } else { Err(self.shortage(all, layout)) }
+        if fits(&all) { Ok(tight) } else { Err(self.shortage(all, layout)) }
     }
 
     fn way<'b>(
@@ -324,13 +329,12 @@ impl<'a> Maker<'a> {
         gathered: Gathered,
         layout: Layout,
         mut store: Store<Image>,
-        spool: Option<File>,
+        (spool, share): (Option<File>, Option<&Path>),
         progress: &mut dyn Progress,
     ) -> Result<Done> {
         let Gathered { mut plan, mut warnings, base, .. } = gathered;
         progress.step(Step::Read, Some(plan.counts().bytes));
-        let way =
-            Way { base: base.as_ref(), spool: spool.as_ref(), threads: self.threads(), share: self.share() };
+        let way = Way { base: base.as_ref(), spool: spool.as_ref(), threads: self.threads(), share };
         warnings.extend(copy(&mut plan, &way, &mut store, progress)?);
         let full = |plan: &Plan, missing| -> Error {
             match room::of(plan, &layout) {
@@ -415,7 +419,7 @@ impl<'a> Maker<'a> {
         let invalid = |e: WriteError| Error::Invalid(e.to_string());
         let smallest = Layout::smallest(room.blocks, room.inodes, &self.settings).map_err(invalid)?;
         let mut size = smallest.bytes().next_multiple_of(MIB);
-        loop {
+        for _ in 0..GUESSES {
             let settings = Settings { size, ..self.settings.clone() };
             match Layout::new(&settings) {
                 Ok(layout) if room.blocks <= layout.free_blocks() && room.inodes <= layout.free_inodes() => {
@@ -426,10 +430,9 @@ impl<'a> Maker<'a> {
             }
             // Where inodes are what lacks, their number goes with the size.
             let step = (size / 64).next_multiple_of(MIB);
-            size = size
-                .checked_add(step)
-                .ok_or_else(|| Error::Invalid("no filesystem is as large as the source needs".to_owned()))?;
+            size = size.saturating_add(step);
         }
+        Err(Error::Invalid("no filesystem is as large as the source needs".to_owned()))
     }
 
     fn shortage(&self, room: Room, layout: &Layout) -> Error {

@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags, SeekFrom};
 use super::base::Base;
 use super::blocks::{Blocks, PIECE, Piece, SIZE};
 use crate::entry::{Meta, Xattr};
-use crate::plan::{BLOCK, Body, Data, NameId, NodeId, Plan};
+use crate::plan::{BLOCK, Body, Data, NameId, NodeId, Plan, Run};
 use crate::sys::{self, Stat, View};
 
 /// Files that are read as one.
@@ -140,7 +140,12 @@ impl Feeder<'_> {
                 // Whatever it is, reading will tell.
                 Err(_) => self.within,
             },
-            None => self.within,
+            None => match data {
+                // Holes may be as large as an archive says, and cost nothing.
+                Data::Spooled(runs) => next_run(runs.as_slice(), self.within)
+                    .map_or(size, |run| run.bytes().start.max(self.within)),
+                _ => self.within,
+            },
         };
         let start = start.clamp(self.within, size.max(self.within));
         let end = start.saturating_add(PIECE as u64).min(size).max(start);
@@ -392,18 +397,19 @@ fn read_range(file: &File, range: &Range<u64>, bytes: &mut Vec<u8>) -> io::Resul
     Ok(filled as u64)
 }
 
+/// The first run that has something after `at` bytes of the file.
+fn next_run(runs: &[Run], at: u64) -> Option<&Run> {
+    runs.get(runs.partition_point(|run| run.bytes().end <= at))
+}
+
 /// Appends the blocks of `range`, holes as zeros.
-fn read_spool(
-    spool: &File,
-    runs: &[crate::plan::Run],
-    range: &Range<u64>,
-    blocks: &mut Blocks,
-) -> io::Result<()> {
+fn read_spool(spool: &File, runs: &[Run], range: &Range<u64>, blocks: &mut Blocks) -> io::Result<()> {
     let start = blocks.bytes.len();
     let length = usize::try_from(range.end - range.start).unwrap_or(PIECE).next_multiple_of(SIZE);
     blocks.bytes.resize(start + length, 0);
     let end = range.start + length as u64;
-    for run in runs {
+    let first = runs.partition_point(|run| run.bytes().end <= range.start);
+    for run in runs[first..].iter().take_while(|run| run.bytes().start < end) {
         let (from, until) = (run.bytes().start.max(range.start), run.bytes().end.min(end));
         if from < until {
             let at = start + usize::try_from(from - range.start).unwrap_or(0);

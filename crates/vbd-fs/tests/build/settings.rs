@@ -182,3 +182,23 @@ fn what_no_inode_can_say_is_named() {
         error.unwrap();
     }
 }
+
+/// Holes of an archive's file cost nothing, however large they are, while it waits for the image's size.
+#[test]
+fn a_file_that_is_mostly_hole_waits_for_its_size() {
+    let scratch = Scratch::new();
+    let (tree, archive, file) = (scratch.path("tree"), scratch.path("a.tar"), scratch.path("disk"));
+    std::fs::create_dir(&tree).unwrap();
+    let sparse = std::fs::File::create(tree.join("sparse")).unwrap();
+    for at in [0, 1 << 40, 5 << 40] {
+        std::os::unix::fs::FileExt::write_all_at(&sparse, &noise(5000), at).unwrap();
+    }
+    sparse.set_len((8 << 40) + 1).unwrap();
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--sparse", "--format=pax", "--file"]).arg(&archive).arg("-C").arg(&tree).arg(".");
+    assert!(tar.status().unwrap().success());
+    let options = BuildOptions { size: auto(Spare::Bytes(0)), verify: true, ..options(0, &archive) };
+    let report = build(&file, &options).unwrap();
+    image::check(&file);
+    assert_eq!(report.counts.bytes, 6 * 4096);
+}
