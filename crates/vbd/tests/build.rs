@@ -55,6 +55,25 @@ fn an_odd_size_keeps_its_tail() {
 }
 
 #[test]
+fn a_reproducible_image_is_the_same_file_as_small_as_it_can_be() {
+    let place = place();
+    let make = |name: &str, epoch: &str| {
+        let mut command = vbd(place.path());
+        command
+            .env("SOURCE_DATE_EPOCH", epoch)
+            .args(["build", name, "--size", "auto+10%", "--from", "tree", "--verify"]);
+        command.output().unwrap()
+    };
+    for name in ["one", "two"] {
+        let made = make(name, "1700000000");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let files = ["one", "two"].map(|name| fs::read(place.path().join(name)).unwrap());
+    assert!(files[0] == files[1] && files[0].len() < 8 << 20);
+    refused(&make("three", "yesterday"), 2, &["SOURCE_DATE_EPOCH", "yesterday"]);
+}
+
+#[test]
 fn refusals_have_their_exit_codes() {
     let place = place();
     let with = |more: &[&str]| build(place.path(), &[&ARGUMENTS[..], more].concat());
@@ -62,6 +81,10 @@ fn refusals_have_their_exit_codes() {
     refused(&with(&["--tailor", "bad.toml"]), 1, &["bad.toml", "line 2", "hostnam"]);
     refused(&with(&["--label", "far too long for a label"]), 2, &["at most 16 bytes"]);
     refused(&with(&["--fstab", "/dev/vda"]), 2, &["no mount point", "--fstab"]);
+    refused(&with(&["--mkfs-arg", "-v"]), 2, &["no mke2fs makes ext4"]);
+    refused(&with(&["--min-size", "1G"]), 2, &["go with --size auto"]);
+    refused(&with(&["--journal", "1M"]), 2, &["from 4M to 40000M"]);
+    refused(&with(&["--root-mode", "9"]), 2, &["755"]);
     refused(&with(&["--filesystem", "xfs"]), 2, &["none of ext2, ext3, ext4"]);
     refused(&with(&["--password-hash", "$6$x"]), 2, &["--user"]);
     refused(&with(&["--network", "dhcp-networkd"]), 1, &["the tree has no systemd-networkd"]);
