@@ -14,6 +14,7 @@ const TARGETS: &[Target] = &[
     ("config_xl", config::fuzz::xl),
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
     ("ext4_check", vbd_ext4::check::fuzz::check),
+    ("ext4_edit", vbd_ext4::edit::fuzz::edit),
     ("ext4_read", vbd_ext4::read::fuzz::read),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),

@@ -261,14 +261,16 @@ impl Editor {
         let (hasher, levels) = self.tree_info(directory)?;
         let hash = hasher.hash(name).major;
         let mut path = self.walk(directory, hash, levels)?;
-        loop {
+        // No more leaves than there are blocks, whatever the tree says.
+        for _ in 0..self.blocks_in(directory) {
             if let Some(slot) = search(path.last().map_or(0, Step::child))? {
                 return Ok(Some(slot));
             }
             if !self.next_leaf(directory, &mut path, hash)? {
-                return Ok(None);
+                break;
             }
         }
+        Ok(None)
     }
 
     /// Adds an entry; none of that name is there.

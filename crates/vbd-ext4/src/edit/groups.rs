@@ -359,7 +359,7 @@ impl Editor {
             self.put_bitmap(Of::Blocks, group, &mut descriptor, bitmap)?;
             let free = self.superblock().free_blocks();
             let count = u64::from(count);
-            self.set_free_blocks(if used { free.saturating_sub(count) } else { free + count });
+            self.set_free_blocks(if used { free.saturating_sub(count) } else { free.saturating_add(count) });
             at = stop;
         }
         Ok(())
@@ -415,7 +415,7 @@ impl Editor {
         let per_block = u32::try_from(block_size / size).expect("at most 512");
         let place = Place::Group(group);
         for number in from / per_block..=to / per_block {
-            let block = descriptor.inode_table() + u64::from(number);
+            let block = descriptor.inode_table().saturating_add(number.into());
             if !self.filesystem.blocks.exist(block, 1) {
                 return Err(EditError::corrupt(place, format!("its inode table is at block {block}")));
             }

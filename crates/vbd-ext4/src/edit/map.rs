@@ -109,7 +109,7 @@ impl Editor {
         }
         match mapped.extents.last_mut() {
             Some(last)
-                if last.logical + last.length == logical
+                if last.logical.checked_add(last.length) == Some(logical)
                     && last.physical + u64::from(last.length) == block =>
             {
                 last.length += 1;

@@ -15,6 +15,7 @@
 mod directory;
 mod entries;
 mod error;
+pub mod fuzz;
 mod groups;
 mod grow;
 mod identity;

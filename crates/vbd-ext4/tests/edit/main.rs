@@ -1,6 +1,7 @@
 //! Filesystems changed in place by vbd-ext4: held against e2fsck, the kernel, a model in memory, and power cuts.
 
 mod grown;
+mod hostile;
 mod images;
 mod model;
 mod operations;

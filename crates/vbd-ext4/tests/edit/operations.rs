@@ -20,7 +20,7 @@ fn content(editor: &Editor, path: &str) -> Vec<u8> {
 
 /// Bytes that are nowhere zero for long.
 fn bytes(length: usize, seed: u8) -> Vec<u8> {
-    (0..=250u8).cycle().take(length).map(|at| at ^ seed | 1).collect()
+    (0..251u8).cycle().map(|byte| byte ^ seed | 1).take(length).collect()
 }
 
 #[test]
