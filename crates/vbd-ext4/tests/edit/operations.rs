@@ -136,7 +136,7 @@ fn what_cannot_be_done_changes_nothing() {
 
 #[test]
 fn a_directory_grows_from_one_block_to_a_tree_of_three_levels_and_empties() {
-    for (kind, count) in [(2, 20_000), (4, 3_000), (11, 1_500), (13, 3_000), (0, 3_000)] {
+    for (kind, count) in [(2, 6_000), (4, 1_500), (11, 1_000), (13, 1_500), (0, 1_500)] {
         println!("{}", KINDS[kind].0);
         let directory = tempfile::tempdir().unwrap();
         let path = image(&directory, &KINDS[kind], 48);

@@ -263,7 +263,7 @@ fn apply(editor: &mut Editor, model: &mut Model, change: &Change) -> Result<(), 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 28, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 200, ..ProptestConfig::default() })]
 
     #[test]
     fn an_image_is_what_a_tree_in_memory_is(
