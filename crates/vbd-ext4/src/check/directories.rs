@@ -53,9 +53,7 @@ impl Checker<'_> {
         let mut walk = Walk { ino, place: Place::Inode(ino), names: HashSet::new(), entries: 0 };
         for entry in entries {
             let Some(entry) = self.found(entry)? else { continue };
-            // Only their target is stored.
-            let kind = if entry.name == b"." || entry.name == b".." { 2 } else { 0 };
-            self.entry(&mut walk, &entry.name, entry.inode, kind);
+            self.entry(&mut walk, &entry.name, entry.inode, None);
         }
         Ok(())
     }
@@ -145,10 +143,7 @@ impl Checker<'_> {
             }
             if header.inode.get() != 0 {
                 let name = &block[at + directory::HEADER..at + directory::HEADER + name];
-                let kind = match self.superblock.has_incompat(incompat::FILETYPE) {
-                    true => header.file_type & 0xf,
-                    false => 0,
-                };
+                let kind = self.superblock.has_incompat(incompat::FILETYPE).then_some(header.file_type);
                 self.entry(walk, name, header.inode.get(), kind);
                 if name != b"." && name != b".." {
                     names.push(name.to_vec());
@@ -162,8 +157,8 @@ impl Checker<'_> {
         Ok(names)
     }
 
-    /// An entry, with the kind that it says it leads to, 0 for none.
-    fn entry(&mut self, walk: &mut Walk, name: &[u8], to: Ino, kind: u8) {
+    /// An entry, with the kind that it says it leads to, where it says one.
+    fn entry(&mut self, walk: &mut Walk, name: &[u8], to: Ino, kind: Option<u8>) {
         let shown = || String::from_utf8_lossy(name).replace(char::is_control, "?");
         walk.entries += 1;
         let (ino, place) = (walk.ino, walk.place);
@@ -194,7 +189,10 @@ impl Checker<'_> {
         };
         found.found = found.found.saturating_add(1);
         let is = found.kind;
-        if kind != 0 && is.is_some() && is != FileType::from_code(kind) {
+        if let Some(kind) = kind
+            && is.is_some()
+            && is != FileType::from_code(kind)
+        {
             self.bad(place, format!("{:?} is said to be of kind {kind}, and inode {to} is not", shown()));
         }
         if walk.entries == 2 && name == b".." {

@@ -124,6 +124,8 @@ struct Checker<'a> {
     orphans: BTreeSet<Ino>,
     free_blocks: u64,
     free_inodes: u64,
+    /// Blocks of extents that were claimed so far, each as often as it was.
+    claimed: u64,
 }
 
 /// An inode in use.
@@ -167,6 +169,7 @@ impl<'a> Checker<'a> {
             orphans: BTreeSet::new(),
             free_blocks: 0,
             free_inodes: 0,
+            claimed: 0,
         }
     }
 

@@ -33,7 +33,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("set_bg 0 inode_table 100", "inode table of group 0"),
     ("set_bg 0 checksum 1", "group 0"),
     ("freeb 1500 3", "the block bitmap of group 0"),
-    ("setb 16000 7", "the block bitmap of group 1"),
+    ("setb 60000 7", "the block bitmap of group 7"),
     ("freei <15>", "the inode bitmap of group 0"),
     ("seti <2555>", "the inode bitmap of group 0"),
     ("sif small links_count 5", "inode"),
@@ -133,4 +133,33 @@ fn what_e2fsck_finds_is_found() {
     }
     assert!(missed.is_empty(), "{missed:#?}");
     assert!(found > 30, "only {found} of the changes mattered");
+}
+
+/// Extents that name the same blocks again and again are work for a bounded time.
+#[test]
+fn many_claims_come_to_an_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    mke2fs(
+        &image,
+        8 * MIB,
+        &["-t", "ext4", "-O", "^metadata_csum", "-N", "2048"],
+        Some(&tree_of_files(&directory)),
+    );
+    // Every file gets an extent of most of the filesystem.
+    for number in 0..20 {
+        debugfs(&image, &format!("sif file{number} block[4] 6000"));
+    }
+    let report = look(&image);
+    assert!(report.incomplete && report.count < 1000, "{report:#?}");
+}
+
+/// Twenty files of a block.
+fn tree_of_files(directory: &tempfile::TempDir) -> std::path::PathBuf {
+    let root = directory.path().join("files");
+    std::fs::create_dir(&root).unwrap();
+    for number in 0..20 {
+        std::fs::write(root.join(format!("file{number}")), "content").unwrap();
+    }
+    root
 }

@@ -44,16 +44,16 @@ pub(crate) fn tree(directory: &Path) -> PathBuf {
     let at = |name: &str| root.join(name);
     std::fs::create_dir_all(at("sub/deeper/deepest")).unwrap();
     std::fs::write(at("small"), "a few bytes").unwrap();
-    std::fs::write(at("large"), vec![7; 3 << 20]).unwrap();
+    std::fs::write(at("large"), vec![7; 1 << 20]).unwrap();
     std::fs::hard_link(at("small"), at("sub/another name")).unwrap();
     std::os::unix::fs::symlink("small", at("short")).unwrap();
     std::os::unix::fs::symlink("x".repeat(200), at("long")).unwrap();
     std::fs::create_dir(at("many")).unwrap();
-    for number in 0..900 {
+    for number in 0..500 {
         std::fs::write(at(&format!("many/a file with the number {number}")), "").unwrap();
     }
     let sparse = File::create(at("sparse")).unwrap();
-    for number in 0..900 {
+    for number in 0..400 {
         std::os::unix::fs::FileExt::write_at(&sparse, b"x", number * 8192).unwrap();
     }
     run("mkfifo", &[at("fifo").to_str().unwrap()]);

@@ -87,7 +87,9 @@ fn larger_table(disk: &Disk, table: &Table, size: u64) -> Result<(Table, Option<
     let refuse = |why: String| Err(Error::Inside(format!("{}: {why}", disk.path.display())));
     let moved = "has its backup before the disk's end: the disk has grown";
     if let Some(problem) = table.problems.iter().find(|problem| **problem != moved) {
-        return refuse(format!("the partition table {problem}; repair it first"));
+        return refuse(format!(
+            "the partition table {problem}; repair it first, or leave it with --file-only"
+        ));
     }
     let mut table = table.clone();
     table.problems.clear();
@@ -101,7 +103,7 @@ fn larger_table(disk: &Disk, table: &Table, size: u64) -> Result<(Table, Option<
         last.size = end - last.start;
     }
     if let Err(misfit) = table.check(size) {
-        return refuse(format!("its partition table cannot be changed: {misfit}"));
+        return refuse(format!("its partition table cannot be changed: {misfit}; --file-only leaves it"));
     }
     Ok((table, Some(number)))
 }
