@@ -165,9 +165,30 @@ impl Machine {
     /// When QEMU cannot be started.
     pub fn boot_system(&self, scratch: &Scratch) -> Result<Process> {
         let kernel = Kernel::get()?;
-        let initramfs = Initramfs::switch_root(&kernel)?;
+        let initramfs = Initramfs::switch_root(&kernel, "/dev/vda")?;
         let serial = ["-serial".into(), "stdio".into()];
         self.start(scratch, &kernel, &initramfs, &serial, "root=/dev/vda rw quiet")
+    }
+
+    /// Boots what is on the first disk by UEFI firmware, as a machine of its own would; its console is the process's
+    /// standard input and output.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started.
+    pub fn boot_firmware(&self, scratch: &Scratch) -> Result<Process> {
+        const FIRMWARE: &str = "/usr/share/OVMF";
+        let variables = unused(scratch, "variables")?;
+        fs::copy(format!("{FIRMWARE}/OVMF_VARS_4M.fd"), &variables).context("the firmware (package ovmf)")?;
+        let flash = |unit: u32, access: &str, file: &str| {
+            format!("if=pflash,format=raw,unit={unit},readonly={access},file={file}")
+        };
+        let boot = [
+            "-drive".to_owned(),
+            flash(0, "on", &format!("{FIRMWARE}/OVMF_CODE_4M.fd")),
+            "-drive".to_owned(),
+            flash(1, "off", &variables.to_string_lossy()),
+        ];
+        self.run(scratch, &boot, &["-serial".to_owned(), "stdio".to_owned()])
     }
 
     fn start(
@@ -180,6 +201,18 @@ impl Machine {
     ) -> Result<Process> {
         let initrd = unused(scratch, "initrd")?;
         fs::write(&initrd, initramfs)?;
+        let boot = [
+            "-kernel".to_owned(),
+            kernel.image()?.to_string_lossy().into_owned(),
+            "-initrd".to_owned(),
+            initrd.to_string_lossy().into_owned(),
+            "-append".to_owned(),
+            format!("{} console=ttyS0 panic=-1 {arguments}", self.clocks),
+        ];
+        self.run(scratch, &boot, options)
+    }
+
+    fn run(&self, scratch: &Scratch, boot: &[String], options: &[String]) -> Result<Process> {
         let mut qemu = command("qemu-system-x86_64");
         // Several emulating threads trip over an assertion in QEMU 10 (`iotlb_to_section`) now and then.
         qemu.args(["-accel", "tcg,thread=single", "-machine", "q35,memory-backend=memory,hpet=off"])
@@ -187,11 +220,7 @@ impl Machine {
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory)])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
             .args(options)
-            .arg("-kernel")
-            .arg(kernel.image()?)
-            .arg("-initrd")
-            .arg(initrd)
-            .args(["-append", &format!("{} console=ttyS0 panic=-1 {arguments}", self.clocks)]);
+            .args(boot);
         for (number, Disk { socket, queues }) in self.disks.iter().enumerate() {
             let chardev = format!("socket,id=disk{number},path={},reconnect-ms=100", socket.display());
             qemu.args(["-chardev", &chardev]);

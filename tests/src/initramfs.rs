@@ -36,8 +36,8 @@ while read -r line; do
 done
 ";
 
-/// Goes on to the system on the first disk, as Debian's own initramfs would.
-const SWITCH: &str = "mount /dev/vda /root || exec sh </dev/console >/dev/console 2>&1
+/// Goes on to the system on a disk, as Debian's own initramfs would.
+const SWITCH: &str = "mount DEVICE /root || exec sh </dev/console >/dev/console 2>&1
 mount --move /dev /root/dev
 umount /sys
 umount /proc
@@ -59,12 +59,12 @@ impl Initramfs {
         Self::with_script(kernel, modules, AGENT)
     }
 
-    /// A guest that boots the system on its first disk.
+    /// A guest that boots the system on `device`, as it calls it.
     ///
     /// # Errors
     /// When busybox or a module cannot be read.
-    pub fn switch_root(kernel: &Kernel) -> Result<Vec<u8>> {
-        Self::with_script(kernel, &[], SWITCH)
+    pub fn switch_root(kernel: &Kernel, device: &str) -> Result<Vec<u8>> {
+        Self::with_script(kernel, &[], &SWITCH.replace("DEVICE", device))
     }
 
     fn with_script(kernel: &Kernel, modules: &[&str], script: &str) -> Result<Vec<u8>> {

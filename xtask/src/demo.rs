@@ -322,7 +322,7 @@ fn paste(place: &Place, image: &Path, socket: &Path) -> Result<()> {
     let kernel = vbd_tests::Kernel::get()?.image()?;
     let kernel = kernel.display();
     let initrd = cache_dir()?.join("demo-initrd");
-    fs::write(&initrd, vbd_tests::Initramfs::switch_root(&vbd_tests::Kernel::get()?)?)?;
+    fs::write(&initrd, vbd_tests::Initramfs::switch_root(&vbd_tests::Kernel::get()?, "/dev/vda")?)?;
     let initrd = initrd.display();
     println!(
         "Serve it, boot it, and log in as ada or root with the password {PASSWORD}:

@@ -18,6 +18,8 @@ enum Sign {
     Version(&'static str, u32),
     /// A program that needs no libraries: it is all there is in a guest's first filesystem.
     Static(&'static str),
+    /// A file at this path.
+    File(&'static str),
     /// A module that Debian's Python finds.
     Python(&'static str),
 }
@@ -51,7 +53,7 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 25] = [
+const NEEDS: [Need; 27] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
     need(Sign::Program("fakeroot"), "fakeroot", "owners in ext2 and ext3 without being root"),
@@ -74,6 +76,12 @@ const NEEDS: [Need; 25] = [
     need(Sign::Program("sgdisk"), "gdisk", "partition tables, to compare with"),
     need(Sign::Program("fsck.vfat"), "dosfstools", "checking FAT"),
     need(Sign::Program("mcopy"), "mtools", "reading FAT"),
+    need(Sign::File("/usr/share/OVMF/OVMF_CODE_4M.fd"), "ovmf", "machines that boot by UEFI"),
+    need(
+        Sign::File("/usr/lib/systemd/boot/efi/systemd-bootx64.efi"),
+        "systemd-boot-efi",
+        "a boot loader for them",
+    ),
     need(Sign::Program("debootstrap"), "debootstrap", "the domain 0 of the machine with Xen"),
     need(Sign::Program("cpio"), "cpio", "the first filesystems of domains"),
     need(Sign::Program("strip"), "binutils", "a command that is quick to load there"),
@@ -136,6 +144,7 @@ fn missing(needs: &[Need]) -> Vec<&Need> {
 fn is_there(sign: &Sign) -> bool {
     match sign {
         Sign::Program(name) => on_path(name),
+        Sign::File(path) => Path::new(path).exists(),
         Sign::Version(name, least) => version(name).is_some_and(|major| major >= *least),
         Sign::Static(path) => Path::new(path).exists() && !has_interpreter(path),
         Sign::Python(module) => succeeds("/usr/bin/python3", &["-c", &format!("import {module}")]),
