@@ -47,6 +47,28 @@ fn archives() -> impl Strategy<Value = Vec<u8>> {
     )
 }
 
+/// A layer of a few short names.
+fn layers() -> impl Strategy<Value = Vec<u8>> {
+    let name =
+        || prop::sample::select(vec!["a", "b", "lib", ".wh.a", ".wh.b", ".wh.lib", ".wh..wh..opq", ".wh."]);
+    let path = move || prop::collection::vec(name(), 1..4).prop_map(|names| names.join("/"));
+    let entry = (prop::sample::select(b"00125".to_vec()), path(), path(), any::<bool>());
+    prop::collection::vec(entry, 0..12).prop_map(|entries| {
+        let mut bytes = Vec::new();
+        for (kind, path, target, up) in entries {
+            let mut header = tar::Header::new_ustar();
+            header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+            let target = if up && kind == b'2' { format!("../../{target}") } else { target };
+            header.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes());
+            header.set_entry_type(tar::EntryType::new(kind));
+            (header.set_size(0), header.set_mode(0o755), header.set_cksum());
+            bytes.extend_from_slice(header.as_bytes());
+        }
+        bytes.resize(bytes.len() + 1024, 0);
+        bytes
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -69,13 +91,35 @@ proptest! {
         let _ = check(&bytes[..]);
     }
 
+    /// Layers with whiteouts and links between the names of other layers: a tree comes out, or an error.
     #[test]
-    fn a_source_is_what_it_shows(text in prop_oneof![".*", "(debian|ubuntu)(:[a-z/.-]{0,9})?", "-"]) {
+    fn any_layers_are_applied_or_refused(layers in (layers(), layers())) {
+        let mut bytes = u16::try_from(layers.0.len() / 512).unwrap().to_le_bytes().to_vec();
+        bytes.extend(layers.0);
+        bytes.extend(layers.1);
+        vbd_fs::oci::fuzz_layers(&bytes);
+    }
+
+    /// What describes an image, with a part of it replaced.
+    #[test]
+    fn any_description_is_read_or_refused(at in any::<prop::sample::Index>(), with in ".{0,20}") {
+        let digest = "ab".repeat(32);
+        let text = format!(
+            "{{\"manifests\": [{{\"mediaType\": \"a\", \"digest\": \"sha256:{digest}\", \"size\": 5}}], \
+             \"config\": {{\"digest\": \"sha256:{digest}\"}}, \"layers\": [], \"rootfs\": {{\"diff_ids\": [\"{digest}\"]}}}}"
+        );
+        vbd_fs::oci::fuzz(text.as_bytes());
+        let at = at.index(text.len());
+        vbd_fs::oci::fuzz(format!("{}{with}{}", &text[..at], &text[at..]).as_bytes());
+    }
+
+    #[test]
+    fn a_source_is_what_it_shows(text in prop_oneof![".*", "(debian|ubuntu|oci|docker-archive)(:[a-z/.:-]{0,9})?", "-"]) {
         if let Ok(source) = text.parse::<Source>() {
             prop_assert_eq!(source.to_string(), text.clone());
             prop_assert_eq!(text.parse::<Source>().unwrap(), source);
         } else {
-            prop_assert!(text.is_empty() || text.contains('\0') || text.starts_with("debian:") || text.starts_with("ubuntu:"));
+            prop_assert!(text.is_empty() || text.contains('\0') || ["debian:", "ubuntu:", "oci:", "docker-archive:"].iter().any(|prefix| text.starts_with(prefix)));
         }
     }
 
