@@ -47,6 +47,47 @@ fn the_report_is_for_people_or_programs() {
 }
 
 #[test]
+fn a_whole_disk_is_reported_by_its_partitions() {
+    let place = place();
+    let call = ["--disk", "gpt", "--size", "64M", "--esp", "16M", "--swap", "1M", "--architecture", "arm64"];
+    let built = build(place.path(), &[&call[..], &["--from", "tree", "disk"]].concat());
+    let said = String::from_utf8(built.stdout).unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    assert!(said.contains("\npartition 1: 16 MiB EFI system, vfat, PARTUUID "), "{said}");
+    assert!(said.contains("\npartition 3: ") && said.contains("Linux root (ARM-64), ext4"), "{said}");
+    let warned = String::from_utf8_lossy(&built.stderr).into_owned();
+    assert!(warned.contains("the tree has no kernel in /boot"), "{warned}");
+
+    fs::write(
+        place.path().join("layout.toml"),
+        "table = \"mbr\"\n[[partition]]\nsize = \"4M\"\nfrom = \"tree\"\n",
+    )
+    .unwrap();
+    let call =
+        ["--disk-layout", "layout.toml", "--size", "64M", "--from", "tree", "disk", "--force", "--json"];
+    let report: serde_json::Value = serde_json::from_slice(&build(place.path(), &call).stdout).unwrap();
+    assert_eq!(
+        (&report["partitions"][0]["size"], &report["partitions"][1]["type"]),
+        (&(4 << 20).into(), &"Linux".into())
+    );
+
+    for call in [&["--esp", "16M"][..], &["--boot", "uefi"], &["--kernel-option", "x"], &["--disk", "apm"]] {
+        let output = build(place.path(), &[&ARGUMENTS[..], &["--force"], call].concat());
+        assert_eq!(output.status.code(), Some(2), "{call:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    fs::create_dir(place.path().join("tree/boot")).unwrap();
+    fs::write(place.path().join("tree/boot/vmlinuz-1"), "kernel").unwrap();
+    let built = build(
+        place.path(),
+        &[&ARGUMENTS[..], &["--force", "--boot", "xen", "--kernel-option", "quiet"]].concat(),
+    );
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let bytes = fs::read(place.path().join("disk")).unwrap();
+    let line = b"linux /boot/vmlinuz-1 root=/dev/xvda ro console=hvc0 quiet";
+    assert!(bytes.windows(line.len()).any(|window| window == line));
+}
+
+#[test]
 fn an_odd_size_keeps_its_tail() {
     let place = place();
     let built = build(place.path(), &["disk", "--size", "16777217", "--from", "tree"]);
