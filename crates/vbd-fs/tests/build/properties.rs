@@ -61,7 +61,9 @@ fn layers() -> impl Strategy<Value = Vec<u8>> {
             let target = if up && kind == b'2' { format!("../../{target}") } else { target };
             header.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes());
             header.set_entry_type(tar::EntryType::new(kind));
-            (header.set_size(0), header.set_mode(0o755), header.set_cksum());
+            header.set_size(0);
+            header.set_mode(0o755);
+            header.set_cksum();
             bytes.extend_from_slice(header.as_bytes());
         }
         bytes.resize(bytes.len() + 1024, 0);
