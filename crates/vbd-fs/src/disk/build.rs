@@ -44,7 +44,7 @@ pub struct PartitionReport {
 ///
 /// # Errors
 ///
-/// As [`build`](crate::build); and sizes that do not fit, a tree that nothing can start.
+/// As [`build()`](crate::build()); and sizes that do not fit, a tree that nothing can start.
 pub(crate) fn build(
     path: &Path,
     options: &BuildOptions,
