@@ -55,7 +55,7 @@ impl Changing {
 impl Changed {
     /// Makes the changes, all at once.
     pub(crate) fn commit(mut self) -> anyhow::Result<()> {
-        self.editor.commit().with_context(|| format!("{}: nothing was changed", self.image.display()))
+        self.editor.commit().with_context(|| self.image.display().to_string())
     }
 
     /// An error at a place of the disk.
