@@ -111,7 +111,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// A plain tar of a minimal Debian, from the archive this machine uses.
-fn root_tree() -> Result<PathBuf> {
+pub(crate) fn root_tree() -> Result<PathBuf> {
     let tree = cache_dir()?.join(format!("{SUITE}.tar"));
     if !tree.exists() {
         let unfinished = cache_dir()?.join(format!("{SUITE}.tar.unfinished"));

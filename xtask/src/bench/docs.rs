@@ -5,34 +5,79 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::build;
 use super::files::Storage;
 use super::loads::{Load, Sample};
 use super::peers::Peer;
 use super::results::Results;
-use super::targets::Verdict;
+use super::targets::{Verdict, judge};
 
-const BEGIN: &str = "<!-- cargo xtask bench --write-docs: begin -->\n";
-const END: &str = "<!-- cargo xtask bench --write-docs: end -->\n";
+/// Where a section of the page begins and ends.
+struct Marks {
+    begin: &'static str,
+    end: &'static str,
+}
 
-/// Replaces what is between the two marks of the file.
-pub(crate) fn write(path: &Path, results: &Results, verdicts: &[Verdict]) -> Result<()> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    let text = replace(&text, &tables(results, verdicts))
-        .with_context(|| format!("{}: no place for the tables: it needs\n{BEGIN}{END}", path.display()))?;
+const DISKS: Marks = Marks {
+    begin: "<!-- cargo xtask bench --write-docs: begin -->\n",
+    end: "<!-- cargo xtask bench --write-docs: end -->\n",
+};
+const IMAGES: Marks = Marks {
+    begin: "<!-- cargo xtask bench --only build --write-docs: begin -->\n",
+    end: "<!-- cargo xtask bench --only build --write-docs: end -->\n",
+};
+
+/// Replaces what is between the marks of the sections for which there are results.
+pub(crate) fn write(path: &Path, results: &Results) -> Result<()> {
+    let mut text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    for (marks, tables) in [(DISKS, disks(results)), (IMAGES, images(results))] {
+        if let Some(tables) = tables {
+            let Marks { begin, end } = marks;
+            text = replace(&text, &marks, &tables).with_context(|| {
+                format!("{}: no place for the tables: it needs\n{begin}{end}", path.display())
+            })?;
+        }
+    }
     std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }
 
-fn replace(text: &str, tables: &str) -> Option<String> {
-    let (head, rest) = text.split_once(BEGIN)?;
-    let (_, tail) = rest.split_once(END)?;
-    Some(format!("{head}{BEGIN}\n{tables}\n{END}{tail}"))
+fn replace(text: &str, marks: &Marks, tables: &str) -> Option<String> {
+    let Marks { begin, end } = marks;
+    let (head, rest) = text.split_once(begin)?;
+    let (_, tail) = rest.split_once(end)?;
+    Some(format!("{head}{begin}\n{tables}\n{end}{tail}"))
 }
 
 /// Everything, in Markdown.
-pub(crate) fn tables(results: &Results, verdicts: &[Verdict]) -> String {
+pub(crate) fn tables(results: &Results) -> String {
+    let sections = [disks(results), images(results)];
+    sections.into_iter().flatten().collect::<Vec<_>>().join("\n")
+}
+
+/// What is said of images.
+fn images(results: &Results) -> Option<String> {
+    if results.build.is_empty() {
+        return None;
+    }
     let mut text = machine(results);
+    text += "\n### Targets of images\n\n";
+    text += &targets(&build::judge::judge(&results.build));
+    text += &build::tables(&results.build);
+    let ways = results.build.iter().flat_map(|(work, ways)| {
+        ways.iter().filter_map(move |(way, timing)| Some((work, way, timing.failure.as_ref()?)))
+    });
+    text += &failures(ways);
+    Some(text)
+}
+
+/// What is said of disks that are served.
+fn disks(results: &Results) -> Option<String> {
+    if results.loads.is_empty() && results.idle.is_none() && results.ublk.is_empty() {
+        return None;
+    }
+    let mut text = machine(results) + &settings(results);
     text += "\n### Targets\n\n";
-    text += &targets(verdicts);
+    text += &targets(&judge(results));
     for storage in Storage::ALL {
         let columns: Vec<Load> =
             Load::ALL.into_iter().filter(|&l| results.loads.contains_key(&key(storage, l))).collect();
@@ -65,8 +110,11 @@ pub(crate) fn tables(results: &Results, verdicts: &[Verdict]) -> String {
     }
     text += &idle(results);
     text += &ublk(results);
-    text += &failures(results);
-    text
+    let peers = results.loads.iter().flat_map(|(load, cells)| {
+        cells.iter().filter_map(move |(peer, cell)| Some((load, peer, cell.failure.as_ref()?)))
+    });
+    text += &failures(peers);
+    Some(text)
 }
 
 fn idle(results: &Results) -> String {
@@ -104,19 +152,23 @@ fn ublk(results: &Results) -> String {
 }
 
 fn machine(results: &Results) -> String {
-    let (m, s) = (&results.machine, &results.settings);
+    let m = &results.machine;
     format!(
-        "Machine: {}, {} cores, {} GiB of memory, Linux {}, {}. Programs: {}.\n\
-         Each number is the median of {} interleaved runs of {} s; the vhost-user client waited by `{}`.\n",
+        "Machine: {}, {} cores, {} GiB of memory, Linux {}, {}. Programs: {}.\n",
         m.cpu,
         m.cores,
         m.memory_gib,
         m.kernel,
         m.filesystem,
-        m.programs.join("; "),
-        s.runs,
-        s.seconds,
-        s.wait
+        m.programs.join("; ")
+    )
+}
+
+fn settings(results: &Results) -> String {
+    let s = &results.settings;
+    format!(
+        "Each number is the median of {} interleaved runs of {} s; the vhost-user client waited by `{}`.\n",
+        s.runs, s.seconds, s.wait
     )
 }
 
@@ -163,18 +215,17 @@ fn table(
     text
 }
 
-fn failures(results: &Results) -> String {
+/// What there is nothing of: work, peer and reason.
+fn failures<'a>(of: impl Iterator<Item = (&'a String, &'a String, &'a String)>) -> String {
     let mut text = String::new();
-    for (load, cells) in &results.loads {
-        for (peer, failure) in cells.iter().filter_map(|(peer, cell)| Some((peer, cell.failure.as_ref()?))) {
-            let _ = writeln!(text, "- {load}, {peer}: {}", failure.lines().next().unwrap_or_default());
-        }
+    for (work, peer, failure) in of {
+        let _ = writeln!(text, "- {work}, {peer}: {}", failure.lines().next().unwrap_or_default());
     }
     if text.is_empty() { text } else { format!("\n### What did not run\n\n{text}") }
 }
 
 fn key(storage: Storage, load: Load) -> String {
-    format!("{}/{}", storage.name(), load.name())
+    storage.key(load)
 }
 
 /// A whole number with its thousands set apart.
@@ -203,10 +254,12 @@ mod tests {
 
     #[test]
     fn tables_go_between_the_marks_and_nowhere_else() {
-        let text = format!("before\n{BEGIN}old\n{END}after\n");
-        let new = replace(&text, "new\n").unwrap();
-        assert_eq!(new, format!("before\n{BEGIN}\nnew\n\n{END}after\n"));
-        assert_eq!(replace(&new, "new\n"), Some(new));
-        assert_eq!(replace("no marks", "new"), None);
+        let Marks { begin, end } = IMAGES;
+        let other = format!("{}kept\n{}", DISKS.begin, DISKS.end);
+        let text = format!("before\n{other}{begin}old\n{end}after\n");
+        let new = replace(&text, &IMAGES, "new\n").unwrap();
+        assert_eq!(new, format!("before\n{other}{begin}\nnew\n\n{end}after\n"));
+        assert_eq!(replace(&new, &IMAGES, "new\n"), Some(new));
+        assert_eq!(replace("no marks", &IMAGES, "new"), None);
     }
 }

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustix::fs::{Advice, fadvise};
 
+use super::loads::Load;
+
 /// Where a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Storage {
@@ -23,6 +25,11 @@ impl Storage {
             Storage::Disk => "disk",
             Storage::Memory => "memory",
         }
+    }
+
+    /// What results call a load on it: `disk/randread-4K-32`.
+    pub(crate) fn key(self, load: Load) -> String {
+        format!("{}/{}", self.name(), load.name())
     }
 
     /// The file: written throughout, so that no request meets a hole. One from an earlier run is taken as it is.

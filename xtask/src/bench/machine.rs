@@ -50,5 +50,8 @@ fn filesystem(dir: &Path) -> Result<String> {
 fn programs() -> Vec<String> {
     let commands = [["fio", "--version"], ["qemu-storage-daemon", "--version"], ["nbdkit", "--version"]];
     let lines = commands.iter().filter_map(|[program, flag]| output(Command::new(program).arg(flag)).ok());
-    lines.filter_map(|text| Some(text.lines().next()?.to_owned())).collect()
+    // mke2fs speaks of itself on standard error.
+    let mke2fs = Command::new("mke2fs").arg("-V").output().ok();
+    let mke2fs = mke2fs.map(|output| String::from_utf8_lossy(&output.stderr).into_owned());
+    lines.chain(mke2fs).filter_map(|text| Some(text.lines().next()?.to_owned())).collect()
 }

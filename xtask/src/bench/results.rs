@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::Plan;
+use super::build::Works;
 use super::idle::Idle;
 use super::loads::Sample;
 use super::machine::Machine;
@@ -24,6 +25,8 @@ pub(crate) struct Results {
     /// Measured in a guest.
     #[serde(default)]
     pub(crate) ublk: Vec<Row>,
+    #[serde(default)]
+    pub(crate) build: Works,
 }
 
 /// How it was measured.
@@ -52,7 +55,14 @@ impl Cell {
 impl Results {
     pub(crate) fn new(machine: Machine, plan: &Plan) -> Self {
         let settings = Settings { runs: plan.runs, seconds: plan.seconds, wait: plan.wait.clone() };
-        Results { machine, settings, loads: BTreeMap::new(), idle: None, ublk: Vec::new() }
+        Results {
+            machine,
+            settings,
+            loads: BTreeMap::new(),
+            idle: None,
+            ublk: Vec::new(),
+            build: Works::new(),
+        }
     }
 
     pub(crate) fn read(path: &Path) -> Result<Self> {
@@ -66,11 +76,16 @@ impl Results {
             .with_context(|| format!("write {}", path.display()))
     }
 
-    /// Takes from an earlier run the parts that this one will not have; a load that is measured again starts afresh.
-    pub(crate) fn merge(&mut self, earlier: Results) {
+    /// Takes from an earlier run the parts that this one will not have; a load that is measured again starts afresh. When this
+    /// run `serves` no disks, how long those were measured stays as it was, too.
+    pub(crate) fn merge(&mut self, earlier: Results, serves: bool) {
+        if !serves {
+            self.settings = earlier.settings;
+        }
         self.loads = earlier.loads;
         self.idle = earlier.idle;
         self.ublk = earlier.ublk;
+        self.build = earlier.build;
     }
 
     /// Forgets what is known of a load.

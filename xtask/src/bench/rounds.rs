@@ -19,7 +19,7 @@ pub(crate) fn measure(
     results: &mut Results,
 ) -> Result<()> {
     for &load in loads {
-        let name = format!("{}/{}", storage.name(), load.name());
+        let name = storage.key(load);
         eprintln!(
             "{name}: {} rounds of {} s for each of {} peers",
             plan.runs,

@@ -20,7 +20,7 @@ pub(crate) struct Verdict {
 }
 
 #[derive(Clone, Copy)]
-enum Bound {
+pub(super) enum Bound {
     AtLeast(f64),
     Above(f64),
     AtMost(f64),
@@ -47,7 +47,7 @@ impl Bound {
     }
 }
 
-fn verdict(what: String, bound: Bound, found: Option<f64>, unit: &'static str) -> Verdict {
+pub(super) fn verdict(what: String, bound: Bound, found: Option<f64>, unit: &'static str) -> Verdict {
     Verdict { what, target: bound.text(), found, unit, reached: found.map(|value| bound.holds(value)) }
 }
 
@@ -75,7 +75,7 @@ struct Row<'a> {
 
 impl<'a> Row<'a> {
     fn new(results: &'a Results, storage: Storage, load: Load) -> Self {
-        Row { results, name: format!("{}/{}", storage.name(), load.name()) }
+        Row { results, name: storage.key(load) }
     }
 
     fn get(&self, peer: Peer, of: fn(&Sample) -> Option<f64>) -> Option<f64> {
@@ -100,7 +100,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Judges all targets.
+/// Judges the targets of disks that are served.
 pub(crate) fn judge(results: &Results) -> Vec<Verdict> {
     let row = |storage, load| Row::new(results, storage, load);
     let random = [Load::RANDOM_READ, Load::RANDOM_WRITE];
