@@ -1,7 +1,7 @@
 //! ext4 in a plain file, without mounting it.
 //!
 //! - [`mod@format`]: what is on the disk, as structures, with its checksums and hashes. Everything else here is built on it.
-//! - [`write`]: a new filesystem, written in one pass.
+//! - [`mod@write`]: a new filesystem, written in one pass.
 //! - [`read`]: what is in an existing filesystem, of ext2 and ext3 as well.
 //! - [`check`]: whether everything in a filesystem fits together.
 //! - [`edit`]: an existing filesystem changed in place, through its journal.

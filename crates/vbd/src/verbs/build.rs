@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE")]
     max_size: Option<Size>,
     /// What to fill it with: a directory, a tar (plain, gz, xz, zst), - for a tar on standard input, debian:SUITE or
-    /// ubuntu:SUITE, or a container image as oci:DIRECTORY[:NAME] or docker-archive:FILE[:NAME]
+    /// ubuntu:SUITE, or a container image as oci:DIRECTORY or docker-archive:FILE (and :NAME of several)
     #[arg(long, value_name = "SOURCE", allow_hyphen_values = true)]
     from: Source,
     /// Replace an existing file
