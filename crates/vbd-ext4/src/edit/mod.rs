@@ -35,9 +35,7 @@ pub use storage::Storage;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use zerocopy::FromBytes;
-
-use crate::format::superblock::{self, compat, incompat, ro_compat, state};
+use crate::format::superblock::{compat, incompat, ro_compat, state};
 use crate::format::{Block, Superblock};
 use crate::read::{Filesystem, Options};
 use crate::write::directory::Form;
@@ -124,20 +122,6 @@ impl Editor {
             self.failed = false;
         }
         self.freed.clear();
-        Ok(())
-    }
-
-    /// Changes a whole block of metadata, which may be the superblock's. Those behind the end are written, too.
-    #[allow(dead_code, reason = "for changes of the filesystem's size")]
-    pub(crate) fn stage(&mut self, block: Block, bytes: Vec<u8>) -> Result<()> {
-        let size = u64::from(self.block_size());
-        if block == superblock::OFFSET / size {
-            let at = usize::try_from(superblock::OFFSET % size).unwrap_or(0);
-            let superblock =
-                Superblock::read_from_prefix(&bytes[at..]).map_err(|_| crate::read::Error::NotExt)?.0;
-            *self.superblock_mut() = superblock;
-        }
-        self.filesystem.blocks.stage(block, bytes.into());
         Ok(())
     }
 

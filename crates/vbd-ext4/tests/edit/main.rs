@@ -1,5 +1,6 @@
 //! Filesystems changed in place by vbd-ext4: held against e2fsck, the kernel, a model in memory, and power cuts.
 
+mod failing;
 mod grown;
 mod hostile;
 mod images;

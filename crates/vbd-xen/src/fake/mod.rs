@@ -312,6 +312,7 @@ impl GrantTable for Table {
         Ok(())
     }
 
+    // SAFETY: the contract is the trait's.
     unsafe fn unmap(&self, mapping: Mapping) -> io::Result<()> {
         // SAFETY: made by `map`, and the caller says that nobody uses it.
         unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE)? };
@@ -327,6 +328,7 @@ impl GrantTable for Table {
         Ok(())
     }
 
+    // SAFETY: the contract is the trait's.
     unsafe fn copy(&self, copies: &mut [Copy]) -> io::Result<()> {
         self.hypervisor.copies.fetch_add(1, Ordering::SeqCst);
         if copies.iter().any(|copy| usize::from(copy.offset) + usize::from(copy.len) > PAGE) {

@@ -123,12 +123,14 @@ impl GrantTable for Table {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    // SAFETY: the contract is the trait's.
     unsafe fn unmap(&self, mapping: Mapping) -> io::Result<()> {
         // SAFETY: the caller says that it is a mapping of this table that nobody uses.
         unsafe { rustix::mm::munmap(mapping.start.cast(), mapping.pages * PAGE)? };
         self.forget(mapping.index, mapping.pages)
     }
 
+    // SAFETY: the contract is the trait's.
     unsafe fn copy(&self, copies: &mut [Copy]) -> io::Result<()> {
         let mut segments = self.segments.lock().unwrap_or_else(PoisonError::into_inner);
         segments.clear();
