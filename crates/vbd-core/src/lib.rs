@@ -14,6 +14,7 @@
 //! - Every request comes back to its [`Sink`] exactly once, with every outcome; `submit` may complete it before it
 //!   returns.
 
+pub mod client;
 mod disk;
 mod error;
 pub mod file;
@@ -23,6 +24,7 @@ mod range_lock;
 mod request;
 mod statistics;
 
+pub use client::Client;
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
 pub use flush::flush;

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use vbd_core::Client;
+
 /// Something that can be read at an offset.
 pub trait ReadAt {
     /// Fills the buffer from the offset (in bytes) on; fewer bytes at the end only.
@@ -37,5 +39,24 @@ impl ReadAt for [u8] {
         let length = rest.len().min(buffer.len());
         buffer[..length].copy_from_slice(&rest[..length]);
         Ok(length)
+    }
+}
+
+impl ReadAt for Client {
+    fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let rest = self.size().saturating_sub(offset);
+        let length = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
+        self.read_at(offset, &mut buffer[..length])
+            .map_err(|error| io::Error::new(io_kind(error.kind()), error))?;
+        Ok(length)
+    }
+}
+
+fn io_kind(kind: vbd_core::ErrorKind) -> io::ErrorKind {
+    match kind {
+        vbd_core::ErrorKind::NoSpace => io::ErrorKind::StorageFull,
+        vbd_core::ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+        vbd_core::ErrorKind::ReadOnly => io::ErrorKind::PermissionDenied,
+        _ => io::ErrorKind::Other,
     }
 }

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use vbd_ring::IoVec;
 
 /// Zeroed memory, aligned to a page.
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     start: NonNull<u8>,
     layout: Layout,
 }
@@ -17,7 +17,7 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    pub(super) fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         let layout = Layout::from_size_align(len.max(1), 4096).expect("buffers are small");
         // SAFETY: the layout has a size.
         let start =
@@ -26,7 +26,7 @@ impl Buffer {
     }
 
     /// `len` bytes from `from` on as a piece of memory.
-    pub(super) fn piece(&self, from: usize, len: usize) -> IoVec {
+    pub(crate) fn piece(&self, from: usize, len: usize) -> IoVec {
         assert!(from.checked_add(len).is_some_and(|end| end <= self.layout.size()), "a piece of the buffer");
         // SAFETY: inside the allocation.
         IoVec { iov_base: unsafe { self.start.add(from) }.as_ptr().cast(), iov_len: len }

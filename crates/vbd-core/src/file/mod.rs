@@ -5,7 +5,7 @@
 //! is too long, or came back short, takes the slow path ([`transfer`], [`space`]).
 
 mod alignment;
-mod buffer;
+pub(crate) mod buffer;
 mod channel;
 mod exclusion;
 mod faults;
