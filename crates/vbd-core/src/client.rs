@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use vbd_ring::{Handle, Remote};
 
-use crate::file::buffer::Buffer as Memory;
+use crate::memory::Buffer as Memory;
 use crate::{
     Channel, Error, ErrorKind, Extent, ExtentKind, Flags, Operation, Request, Result, Session, Sink,
 };

@@ -14,13 +14,15 @@
 //! - Every request comes back to its [`Sink`] exactly once, with every outcome; `submit` may complete it before it
 //!   returns.
 
+pub mod ask;
 pub mod client;
 mod disk;
 mod error;
 pub mod file;
 pub mod filter;
 mod flush;
-mod range_lock;
+pub mod memory;
+pub mod range_lock;
 mod request;
 mod statistics;
 

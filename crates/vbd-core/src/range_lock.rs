@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 
 /// The ranges, in bytes, that somebody has taken.
 #[derive(Default)]
-pub(crate) struct RangeLocks(Mutex<State>);
+pub struct RangeLocks(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -67,20 +67,22 @@ impl RangeLocks {
     }
 
     /// Takes the range if it is free now.
-    pub(crate) fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
+    ///
+    /// Whoever waits is served first: none, then, where it overlaps what somebody waits for.
+    pub fn try_lock(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state();
         let free = state.is_free(&range, usize::MAX);
         free.then(|| state.hold(range)).map(|id| RangeGuard { locks: self.clone(), id })
     }
 
     /// Takes the range when it is free.
-    pub(crate) fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
+    pub fn lock(self: &Arc<Self>, range: Range<u64>) -> Locking {
         Locking { locks: self.clone(), range, id: None }
     }
 }
 
 /// A range held. Dropping it lets others in.
-pub(crate) struct RangeGuard {
+pub struct RangeGuard {
     locks: Arc<RangeLocks>,
     id: u64,
 }
@@ -92,7 +94,7 @@ impl Drop for RangeGuard {
 }
 
 /// Waits for a range.
-pub(crate) struct Locking {
+pub struct Locking {
     locks: Arc<RangeLocks>,
     range: Range<u64>,
     id: Option<u64>,

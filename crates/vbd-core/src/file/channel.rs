@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering;
 
 use vbd_ring::{Completion, FileHandle, IoVec, Local, Op, execute};
 
-use super::buffer::slice;
 use super::exclusion::{Permit, Writes};
 use super::{Backend, Cache, Fault};
+use crate::memory::slice;
 use crate::{Channel, Error, ErrorKind, Guard, Operation, Request, Result};
 
 /// The most pieces of memory in one call (UIO_MAXIOV).

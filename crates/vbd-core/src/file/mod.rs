@@ -5,7 +5,6 @@
 //! is too long, or came back short, takes the slow path ([`transfer`], [`space`]).
 
 mod alignment;
-pub(crate) mod buffer;
 mod channel;
 mod exclusion;
 mod faults;

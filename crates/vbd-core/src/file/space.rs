@@ -9,9 +9,10 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 use vbd_ring::Op;
 
 use super::SPACE_STEP;
-use super::buffer::Buffer;
 use super::channel::FileChannel;
-use super::transfer::{Pending, Transfer, bytes};
+use super::transfer::{Transfer, bytes};
+use crate::ask::Pending;
+use crate::memory::Buffer;
 use crate::{Error, ErrorKind, Extent, ExtentKind, Flags, Request, Result};
 
 /// Zeroes that are written at once, and how often one buffer of them is named in one call.

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use vbd_ring::{FileHandle, IoVec, Op};
 
-use super::buffer::{Buffer, copy, slice};
-use super::channel::{FileChannel, MOST_PIECES, complete, faulty};
+use super::channel::{FileChannel, MOST_PIECES, faulty};
 use super::exclusion::Permit;
+use crate::ask::Pending;
+use crate::memory::{Buffer, copy, slice};
 use crate::{Error, ErrorKind, Guard, Operation, Request, Result, SECTOR};
 
 /// The most bytes that take the way through a bounce buffer at once.
@@ -29,33 +30,6 @@ pub(super) struct Transfer {
 
 /// What an operation in the kernel keeps alive.
 type Keep = (Vec<IoVec>, Option<Guard>, Option<Arc<Buffer>>);
-
-/// A request that a task works on; it comes back even where the task is dropped.
-pub(super) struct Pending(Option<Request>);
-
-impl Pending {
-    pub(super) fn new(request: Request) -> Self {
-        Pending(Some(request))
-    }
-
-    pub(super) fn request(&mut self) -> &mut Request {
-        self.0.as_mut().expect("there until it is completed")
-    }
-
-    pub(super) fn complete(mut self, result: Result<()>) {
-        if let Some(request) = self.0.take() {
-            complete(request, result);
-        }
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        if let Some(request) = self.0.take() {
-            request.fail(Error::new(ErrorKind::Cancelled, "the disk is stopping"));
-        }
-    }
-}
 
 impl FileChannel {
     /// Does what is left of a read or write after the first `done` bytes.
