@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use vbd_ring::Local;
 
-use crate::{Request, Result, Statistics};
+use crate::{Live, Request, Result, Statistics};
 
 /// Sizes, all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,11 @@ pub trait Session: Send + Sync {
     /// # Errors
     /// `size` is smaller than now or no multiple of 512, the disk cannot grow, or there is no room.
     fn grow(&self, size: u64) -> Result<()>;
+
+    /// What can be done with the disk beyond reading and writing it, where its format has it.
+    fn live(&self) -> Option<&dyn Live> {
+        None
+    }
 }
 
 /// The way of one queue to its disk, on one reactor thread.

@@ -21,6 +21,7 @@ mod error;
 pub mod file;
 pub mod filter;
 mod flush;
+mod live;
 pub mod memory;
 pub mod range_lock;
 mod request;
@@ -30,6 +31,7 @@ pub use client::Client;
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
 pub use flush::flush;
+pub use live::{Layer, LayerExtent, Live, Snapshot};
 pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
 pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
 

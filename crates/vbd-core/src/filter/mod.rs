@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use vbd_ring::Local;
 
-use crate::{Capabilities, Channel, Disk, Event, Geometry, Result, Session, Statistics};
+use crate::{Capabilities, Channel, Disk, Event, Geometry, Live, Result, Session, Statistics};
 
 pub use hold::{Hold, Policy, Verdict};
 pub use inject::{Action, Inject, Rule};
+pub use relay::{Outcome, Relay};
 
 /// How a filter stands before a channel.
 pub trait Filter: Send + Sync + 'static {
@@ -77,5 +78,9 @@ impl<F: Filter> Session for FilteredSession<F> {
 
     fn grow(&self, size: u64) -> Result<()> {
         self.session.grow(size)
+    }
+
+    fn live(&self) -> Option<&dyn Live> {
+        self.session.live()
     }
 }

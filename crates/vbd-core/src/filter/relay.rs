@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::{Channel, Request, Result, Sink};
 
 /// What a filter does with a request that has come back.
-pub(super) trait Outcome {
+pub trait Outcome {
     /// Called with the request as the front-end had made it: complete it, or keep it.
     fn returned(self: Rc<Self>, request: Request, result: Result<()>);
 }
@@ -15,7 +15,7 @@ pub(super) trait Outcome {
 type Origin = (Rc<dyn Sink>, u64);
 
 /// Passes requests on with itself as their sink, and gives them their own back before the filter sees them.
-pub(super) struct Relay<T> {
+pub struct Relay<T> {
     inner: Rc<dyn Channel>,
     filter: RefCell<Option<Rc<T>>>,
     /// Sink and token of each request that is out.
@@ -24,7 +24,8 @@ pub(super) struct Relay<T> {
 }
 
 impl<T: Outcome + 'static> Relay<T> {
-    pub(super) fn new(inner: Rc<dyn Channel>) -> Rc<Self> {
+    /// A relay before `inner`.
+    pub fn new(inner: Rc<dyn Channel>) -> Rc<Self> {
         Rc::new(Relay {
             inner,
             filter: RefCell::new(None),
@@ -34,7 +35,7 @@ impl<T: Outcome + 'static> Relay<T> {
     }
 
     /// Passes a request on; its outcome goes to `filter`, which lives at least until then.
-    pub(super) fn pass(self: &Rc<Self>, filter: Rc<T>, mut request: Request) {
+    pub fn pass(self: &Rc<Self>, filter: Rc<T>, mut request: Request) {
         *self.filter.borrow_mut() = Some(filter);
         let slot = self.free.borrow_mut().pop().unwrap_or_else(|| {
             self.out.borrow_mut().push(None);
@@ -48,7 +49,8 @@ impl<T: Outcome + 'static> Relay<T> {
         self.inner.clone().submit(request);
     }
 
-    pub(super) fn inner(&self) -> &Rc<dyn Channel> {
+    /// The channel that requests are passed on to.
+    pub fn inner(&self) -> &Rc<dyn Channel> {
         &self.inner
     }
 }
