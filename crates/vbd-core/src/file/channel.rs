@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use vbd_ring::{Completion, FileHandle, IoVec, Local, Op, execute};
 
 use super::exclusion::{Permit, Writes};
+use super::record::Seen;
 use super::{Backend, Cache, Fault};
 use crate::memory::slice;
 use crate::{Channel, Error, ErrorKind, Guard, Operation, Request, Result};
@@ -42,6 +43,7 @@ struct Slots {
 struct InFlight {
     request: Request,
     permit: Option<Permit>,
+    seen: Seen,
 }
 
 impl Slots {
@@ -136,16 +138,19 @@ impl FileChannel {
 
     fn start(self: Rc<Self>, mut request: Request, op: Op, permit: Option<Permit>) {
         request.issued_at = Some(self.local.now());
+        // SAFETY: the request owns its pieces and their guard, and is alive.
+        let seen = unsafe { self.backend.begun_op(&op) };
         let fault = self.backend.faults.as_ref().and_then(|faults| faults.before(&op));
+        let flight = InFlight { request, permit, seen };
         match fault {
-            Some(fault) => self.start_faulty(request, op, permit, fault),
+            Some(fault) => self.start_faulty(flight, op, fault),
             None if self.backend.in_memory => {
                 // SAFETY: the request owns its pieces and their guard, and is alive.
                 let result = unsafe { execute(self.data.as_fd(), &op) };
-                self.finish(InFlight { request, permit }, result);
+                self.finish(flight, result);
             }
             None => {
-                let token = self.slots.borrow_mut().put(InFlight { request, permit });
+                let token = self.slots.borrow_mut().put(flight);
                 let local = self.local.clone();
                 let data = self.data.clone();
                 // SAFETY: the slot owns the request until `complete`; the reactor owns this channel until then.
@@ -154,15 +159,16 @@ impl FileChannel {
         }
     }
 
-    fn start_faulty(self: Rc<Self>, request: Request, op: Op, permit: Option<Permit>, fault: Fault) {
+    fn start_faulty(self: Rc<Self>, flight: InFlight, op: Op, fault: Fault) {
         // SAFETY: as in `start`.
-        let result = unsafe { faulty(&self.data, &op, &request.memory, fault) };
-        let token = self.slots.borrow_mut().put(InFlight { request, permit });
+        let result = unsafe { faulty(&self.data, &op, &flight.request.memory, fault) };
+        let token = self.slots.borrow_mut().put(flight);
         self.local.clone().defer(self, token, result);
     }
 
     /// A request on the fast path has come back from the kernel.
     fn finish(self: Rc<Self>, flight: InFlight, result: i32) {
+        self.backend.ended(flight.seen, result);
         let request = flight.request;
         let transferred = u64::try_from(result).ok();
         match request.operation {

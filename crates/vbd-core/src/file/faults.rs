@@ -2,6 +2,8 @@
 
 use vbd_ring::Op;
 
+use super::Recorder;
+
 /// What is to happen to an operation instead of what was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -15,6 +17,11 @@ pub enum Fault {
 pub trait Faults: Send + Sync {
     /// The fault for this operation, if it is to have one.
     fn before(&self, op: &Op) -> Option<Fault>;
+
+    /// Who sees what is done to the file, if anybody does.
+    fn recorder(&self) -> Option<&dyn Recorder> {
+        None
+    }
 }
 
 impl<F: Fn(&Op) -> Option<Fault> + Send + Sync> Faults for F {

@@ -8,6 +8,7 @@ mod alignment;
 mod channel;
 mod exclusion;
 mod faults;
+mod record;
 mod space;
 mod transfer;
 
@@ -25,6 +26,7 @@ use vbd_ring::Local;
 pub use alignment::Alignment;
 pub use channel::FileChannel;
 pub use faults::{Fault, Faults};
+pub use record::{Change, Recorder};
 
 use exclusion::Exclusion;
 
@@ -284,7 +286,10 @@ impl Backend {
                 return refuse(format!("the device has {len} bytes; grow the volume first"));
             }
         } else {
-            rustix::fs::ftruncate(&self.buffered, size).map_err(|error| failed(error.into()))?;
+            let seen = self.begun(|| Change::Length(size));
+            let result = rustix::fs::ftruncate(&self.buffered, size);
+            self.ended(seen, result.map_or_else(|error| -error.raw_os_error(), |()| 0));
+            result.map_err(|error| failed(error.into()))?;
         }
         self.set_size(size);
         Ok(())

@@ -132,11 +132,15 @@ impl FileChannel {
     /// An operation without memory: its result.
     async fn space_op(&self, op: Op) -> i32 {
         let fault = self.backend.faults.as_ref().and_then(|faults| faults.before(&op));
-        match fault {
+        // SAFETY: the operation names no memory.
+        let seen = unsafe { self.backend.begun_op(&op) };
+        let result = match fault {
             Some(super::Fault::Fail(errno)) => -errno,
-            // SAFETY: the operation names no memory.
+            // SAFETY: as above.
             _ => unsafe { self.local.perform(&self.data, &op, self.owner.clone()) }.await.0,
-        }
+        };
+        self.backend.ended(seen, result);
+        result
     }
 
     /// Runs a slow operation as a task, with the range locked where that is needed.

@@ -199,12 +199,15 @@ impl FileChannel {
         let op =
             if write { Op::Write { iov, count, offset, dsync } } else { Op::Read { iov, count, offset } };
         let fault = self.backend.faults.as_ref().and_then(|faults| faults.before(&op));
+        // SAFETY: `keep` owns the pieces and what keeps them valid.
+        let seen = unsafe { self.backend.begun_op(&op) };
         let result = match fault {
             // SAFETY: `keep` owns the pieces and what keeps them valid.
             Some(fault) => unsafe { faulty(file, &op, &keep.0, fault) },
             // SAFETY: as above.
             None => unsafe { self.local.perform(file, &op, (keep, self.owner.clone())) }.await.0,
         };
+        self.backend.ended(seen, result);
         u64::try_from(result).map_err(|_| -result)
     }
 }
