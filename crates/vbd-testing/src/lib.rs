@@ -1,14 +1,18 @@
 //! What the tests of several crates have in common: a disk whose behaviour they choose, the inputs that fuzzers keep,
 //! and waiting. For tests only: it panics where something is not as it should be.
 
+pub mod client;
 pub mod corpus;
 mod disk;
 mod mount;
+pub mod power;
+mod random;
 
 use std::time::{Duration, Instant};
 
 pub use disk::{Asked, Behaviour, MemDisk};
 pub use mount::unmount;
+pub use random::{Random, seeds};
 
 /// Waits for something that another thread does; a test hangs on a bug no longer than this.
 ///
