@@ -22,6 +22,7 @@ const TARGETS: &[Target] = &[
     ("oci_manifest", vbd_fs::oci::fuzz),
     ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
+    ("qcow2_structures", vbd_qcow2::format::fuzz::structures),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
     ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),
