@@ -34,8 +34,6 @@ pub fn identify<S: ReadAt + ?Sized>(source: &S, size: u64) -> std::io::Result<Op
         Some("vmdk")
     } else if has(64, &[0x7f, 0x10, 0xda, 0xbe]) {
         Some("vdi")
-    } else if has(0, b"LUKS\xba\xbe") {
-        Some("luks")
     } else {
         None
     };
@@ -58,8 +56,7 @@ pub fn assumed_raw(path: &Path) -> Result<()> {
     let found =
         identify(&image.file, image.size).map_err(|error| Error::io("cannot read", error).of(name()))?;
     match found {
-        // An encrypted disk is a raw file, with what is in it known to its guest.
-        None | Some("luks") => Ok(()),
+        None => Ok(()),
         Some(format) => {
             let say = match format.parse::<crate::Format>() {
                 Ok(format) => format!("say --format {format}"),

@@ -14,6 +14,8 @@ use super::runtime::default_runtime_dir;
 use super::ublk::Ublk;
 use super::vdev::Vdev;
 
+pub use vbd_formats::Format;
+
 /// All that one process serves, and the bounds it keeps.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -188,6 +190,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The image's format, told and never guessed.
     pub format: Format,
+    /// Directories, besides its own, where the image may name files.
+    pub allow_dirs: Vec<PathBuf>,
     /// Who may write.
     pub access: Access,
     /// What a Xen guest calls it.
@@ -232,6 +236,7 @@ impl DiskConfig {
             name,
             path: path.into(),
             format: Format::Raw,
+            allow_dirs: Vec::new(),
             access: Access::ReadWrite,
             vdev: None,
             xen: None,
@@ -293,40 +298,6 @@ pub struct NewImage {
     pub build: Option<BuildSpec>,
     /// What is changed in the filesystem; nothing without one.
     pub tailor: Tailor,
-}
-
-/// The format of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The bytes of the disk, one to one.
-    Raw,
-}
-
-impl FromStr for Format {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "raw" => Ok(Self::Raw),
-            "qcow" | "qcow2" | "qed" | "vhd" | "vhdx" | "vmdk" | "vdi" => {
-                // QEMU calls vhd by the name of the program that made it.
-                let known_to_qemu = if name == "vhd" { "vpc" } else { name };
-                Err(format!(
-                    "format `{name}` is not supported yet, only `raw`: \
-                     `qemu-img convert -f {known_to_qemu} -O raw IMAGE NEW` makes a raw image of it"
-                ))
-            }
-            _ => Err(format!("unknown format `{name}`: write `raw`")),
-        }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Raw => f.write_str("raw"),
-        }
-    }
 }
 
 /// Who may write to a disk.

@@ -63,6 +63,8 @@ struct DiskTable {
     path: Spanned<PathText>,
     name: Option<Spanned<String>>,
     format: Option<Told<Format>>,
+    #[serde(default)]
+    allow_dirs: Vec<PathText>,
     access: Option<Told<Access>>,
     vdev: Option<Told<Vdev>>,
     cdrom: Option<bool>,
@@ -214,6 +216,7 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
     let access = table.access.map(|access| access.0);
     Ok(DiskConfig {
         format: table.format.map_or(defaults.format, |format| format.0),
+        allow_dirs: table.allow_dirs.into_iter().map(|dir| dir.below(source.file)).collect(),
         access: access.unwrap_or(if cdrom { Access::ReadOnly } else { Access::ReadWrite }),
         vdev: table.vdev.map(|vdev| vdev.0),
         cdrom,

@@ -122,11 +122,16 @@ fn disk(
         DiskFormat::Raw => Format::Raw,
         other => {
             let unsupported = other.to_string().parse::<Format>();
-            unsupported.map_err(|message| source.error(place(spec.places.format), message))?
+            unsupported.map_err(|error| source.error(place(spec.places.format), error.to_string()))?
         }
     };
     warn(&spec, source, config, place);
-    let (path, forced) = own.map_or_else(|| (spec.path(), false), |target| (target.path, target.forced));
+    let (path, forced, format) = match own {
+        // xl is told `raw` where its script makes the device; the target says what the file is.
+        Some(target) if format == Format::Raw => (target.path, target.forced, target.format),
+        Some(target) => (target.path, target.forced, format),
+        None => (spec.path(), false, format),
+    };
     let access = match spec.access() {
         Access::ReadWrite if forced => Access::ReadWriteForce,
         access => access,

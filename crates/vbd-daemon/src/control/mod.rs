@@ -248,8 +248,11 @@ pub struct NewDisk {
     pub path: PathBuf,
     /// Its name; the file's if left out.
     pub name: Option<String>,
-    /// `raw`.
+    /// `raw`, `qcow2` or another format's name.
     pub format: Option<String>,
+    /// Directories, besides its own, where the image may name files: absolute paths.
+    #[serde(default)]
+    pub allow_dirs: Vec<PathBuf>,
     /// `r`, `w` or `w!`.
     pub access: Option<String>,
     /// `none`, `writeback` or `writethrough`.

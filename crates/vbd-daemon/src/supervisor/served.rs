@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use vbd_core::file::Cache;
 use vbd_core::{Disk, SECTOR, Session};
+use vbd_formats::{Gate, ImageSpec};
 use vbd_image::host;
 use vbd_image::lease::{self, Holder, Mode};
-use vbd_image::raw::{Raw, RawOptions};
 use vbd_image::{open, probe};
 use vbd_ublk::Ending;
 
@@ -76,34 +76,47 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
             return Err(Fault { kind: FaultKind::Busy, ..failed(&used) });
         }
     }
-    let contents = probe::contents(&image.file, image.size);
-    if let Some(warning) = contents.ok().as_ref().and_then(probe::unclean_warning) {
-        tracing::warn!("{}: {warning}", config.name);
-    }
+    warn(&config, &image);
     // Closed before the disk is opened for good: a block device may be wanted alone.
     drop(image);
-    let disk = make(&config);
+    let disk = make(&config).map_err(|error| named(&config, error))?;
     disk.inspect().map_err(|error| named(&config, error))?;
     let hold = config.nbd.is_some() && patience.is_some();
     let session = hold.then(|| disk.open().map_err(|error| named(&config, error))).transpose()?;
     Ok(Opened { config, disk, session })
 }
 
-fn make(config: &DiskConfig) -> Arc<dyn Disk> {
-    match config.format {
-        Format::Raw => Raw::new(RawOptions {
-            name: config.name.clone(),
-            read_only: !config.access.is_writable(),
-            share: config.access == Access::ReadWriteForce,
-            cache: match config.cache {
-                CacheMode::None => Cache::None,
-                CacheMode::Writeback => Cache::Writeback,
-                CacheMode::Writethrough => Cache::Writethrough,
-            },
-            keep_space: !config.discard,
-            lease_wait: LEASE_WAIT,
-            ..RawOptions::new(&config.path)
-        }),
+fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
+    vbd_formats::open(&ImageSpec {
+        name: config.name.clone(),
+        read_only: !config.access.is_writable(),
+        share: config.access == Access::ReadWriteForce,
+        cache: match config.cache {
+            CacheMode::None => Cache::None,
+            CacheMode::Writeback => Cache::Writeback,
+            CacheMode::Writethrough => Cache::Writethrough,
+        },
+        keep_space: !config.discard,
+        lease_wait: LEASE_WAIT,
+        gate: Gate::new(config.allow_dirs.clone()),
+        ..ImageSpec::new(&config.path, config.format)
+    })
+}
+
+/// Says what whoever serves a raw image may want to know of what is in it.
+fn warn(config: &DiskConfig, image: &open::Image) {
+    if config.format != Format::Raw {
+        return;
+    }
+    let contents = probe::contents(&image.file, image.size);
+    if let Some(warning) = contents.ok().as_ref().and_then(probe::unclean_warning) {
+        tracing::warn!("{}: {warning}", config.name);
+    }
+    if let Ok(Some(format)) = vbd_formats::identify(&image.file, image.size) {
+        tracing::warn!(
+            "{}: is served as raw and begins like a {format} image: say `format`, if it is one",
+            config.name
+        );
     }
 }
 
@@ -312,8 +325,8 @@ pub(super) fn config_of(disk: NewDisk) -> Result<DiskConfig, Fault> {
     DiskConfig::check_name(&name).map_err(invalid)?;
     let mut config = DiskConfig::new(name, disk.path);
     let in_disk = |message: String| invalid(format!("{}: {message}", config.name));
-    fn told<T: std::str::FromStr<Err = String>>(text: Option<String>, default: T) -> Result<T, String> {
-        text.map_or(Ok(default), |text| text.parse())
+    fn told<T: std::str::FromStr<Err: Display>>(text: Option<String>, default: T) -> Result<T, String> {
+        text.map_or(Ok(default), |text| text.parse().map_err(|error: T::Err| error.to_string()))
     }
     let format = told(disk.format, config.format).map_err(in_disk)?;
     let access = told(disk.access, config.access).map_err(in_disk)?;
@@ -325,6 +338,10 @@ pub(super) fn config_of(disk: NewDisk) -> Result<DiskConfig, Fault> {
         return Err(in_disk(format!("`queues` is a number from 1 to {}", Limits::MAX_QUEUES)));
     }
     (config.format, config.access, config.cache) = (format, access, cache);
+    if let Some(relative) = disk.allow_dirs.iter().find(|dir| !dir.is_absolute()) {
+        return Err(in_disk(format!("{}: name the directory by its absolute path", relative.display())));
+    }
+    config.allow_dirs = disk.allow_dirs;
     config.queues = disk.queues;
     config.serial = disk.serial.unwrap_or(config.serial);
     config.discard = disk.discard.unwrap_or(config.discard);

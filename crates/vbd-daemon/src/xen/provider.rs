@@ -8,7 +8,7 @@ use std::time::Instant;
 use vbd_core::Disk;
 use vbd_xen::{BackendKind, DeviceId, DeviceRequest, Mode, Platform, Provided};
 
-use crate::config::{Access, DiskConfig, Format};
+use crate::config::{Access, DiskConfig};
 use crate::supervisor::{Disks, LEASE_WAIT, Served, open_disk};
 
 use super::handover::{FileKey, HandedOver, Use, Uses};
@@ -78,7 +78,6 @@ impl Provider {
             Mode::Write if !forced => Access::ReadWrite,
             Mode::Write | Mode::WriteForced => Access::ReadWriteForce,
         };
-        debug_assert_eq!(format, Format::Raw);
         let config = DiskConfig {
             format,
             access,

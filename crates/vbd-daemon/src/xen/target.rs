@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::Format;
+use vbd_formats::{Format, FormatError};
 
 /// A device's target, read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub(crate) fn parse(params: &str) -> Result<Target, String> {
         match prefix {
             "w!" => target.forced = true,
             prefix if IGNORED.contains(&prefix) => {}
-            prefix => target.format = prefix.parse()?,
+            prefix => target.format = prefix.parse().map_err(|error: FormatError| error.to_string())?,
         }
         rest = after;
     }

@@ -5,24 +5,26 @@ use std::process::{Command, Output, Stdio};
 
 use vbd_xen::DeviceId;
 
-use crate::config::{Access, DiskConfig};
+use crate::config::{Access, DiskConfig, Format};
 use crate::{Fault, FaultKind};
 
 /// The block script that xl runs for disks of vbd.
 pub const SCRIPT: &str = "block-vbd";
 
 /// A disk as xl's configuration says it, so that vbd serves it: `format=raw,vdev=xvda,...`.
-pub fn disk_spec(path: &Path, vdev: &str, access: Access, discard: bool) -> String {
+pub fn disk_spec(path: &Path, format: Format, vdev: &str, access: Access, discard: bool) -> String {
     let (mode, forced) = match access {
         Access::ReadOnly => ("ro", ""),
         Access::ReadWrite => ("rw", ""),
         // xl knows no `w!`, so the target says it.
         Access::ReadWriteForce => ("rw", "w!:"),
     };
+    // To xl it is a device that its script makes, whatever is in the file: it would serve other formats itself.
+    let format = if format == Format::Raw { String::new() } else { format!("{format}:") };
     let discard = if discard { "discard" } else { "no-discard" };
     // The target last: it takes the rest, commas and all.
     format!(
-        "format=raw,vdev={vdev},access={mode},{discard},script={SCRIPT},target={forced}{}",
+        "format=raw,vdev={vdev},access={mode},{discard},script={SCRIPT},target={forced}{format}{}",
         path.display()
     )
 }
@@ -31,7 +33,7 @@ pub fn disk_spec(path: &Path, vdev: &str, access: Access, discard: bool) -> Stri
 pub(super) fn attach(domain: &str, config: &DiskConfig) -> Result<(), Fault> {
     let vdev = config.vdev.map(|vdev| vdev.to_string()).unwrap_or_default();
     let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
-    xl(&["block-attach", domain, &disk_spec(&path, &vdev, config.access, config.discard)])
+    xl(&["block-attach", domain, &disk_spec(&path, config.format, &vdev, config.access, config.discard)])
 }
 
 /// Takes a device from its domain. Forced, even while the domain uses it.
@@ -79,11 +81,11 @@ mod tests {
     #[test]
     fn xl_reads_back_what_is_meant() {
         let path = Path::new("/srv/a, b=c");
-        let spec = xl_disk::parse(&disk_spec(path, "xvdb", Access::ReadOnly, false)).unwrap();
+        let spec = xl_disk::parse(&disk_spec(path, Format::Raw, "xvdb", Access::ReadOnly, false)).unwrap();
         assert_eq!((spec.path().as_path(), spec.access()), (path, Access::ReadOnly));
         assert_eq!((spec.script.as_deref(), spec.discard), (Some(SCRIPT), Some(false)));
         assert_eq!(spec.vdev.to_string(), "xvdb");
-        let forced = disk_spec(Path::new("/srv/a"), "xvdb", Access::ReadWriteForce, true);
+        let forced = disk_spec(Path::new("/srv/a"), Format::Raw, "xvdb", Access::ReadWriteForce, true);
         assert!(forced.ends_with("access=rw,discard,script=block-vbd,target=w!:/srv/a"), "{forced}");
     }
 }

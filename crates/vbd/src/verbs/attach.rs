@@ -43,9 +43,12 @@ pub(crate) struct Args {
     /// Use of the host's page cache: none (O_DIRECT), writeback, writethrough
     #[arg(long, value_name = "MODE", default_value_t = CacheMode::None)]
     cache: CacheMode,
-    /// The format of the file; it is never guessed
-    #[arg(long, default_value_t = Format::Raw)]
-    format: Format,
+    /// The format of the file, raw unless said; it is never guessed
+    #[arg(long)]
+    format: Option<Format>,
+    /// A directory, besides the file's own, where it may name backing files and data files; may be given again
+    #[arg(long, value_name = "DIR")]
+    allow_dir: Vec<PathBuf>,
     /// Write although others may use the file, as Xen's `w!`: for cluster filesystems
     #[arg(long, conflicts_with = "read_only")]
     force_lease: bool,
@@ -109,8 +112,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         DiskConfig::check_serial(serial).map_err(|message| UsageError(format!("--serial: {message}")))?;
     }
 
+    let format = super::format_of(&args.file, args.format)?;
     let mut disk = DiskConfig::new(&name, args.file);
-    disk.format = args.format;
+    disk.format = format;
+    disk.allow_dirs = args.allow_dir;
     disk.access = match (args.read_only, args.force_lease) {
         (true, _) => Access::ReadOnly,
         (false, false) => Access::ReadWrite,

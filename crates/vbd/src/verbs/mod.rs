@@ -23,6 +23,19 @@ mod stat;
 mod up;
 mod xen;
 
+use std::path::Path;
+
+use vbd_formats::Format;
+
+/// The format of a file: the one that was told, or raw, if the file does not look like something else.
+fn format_of(file: &Path, told: Option<Format>) -> anyhow::Result<Format> {
+    if let Some(format) = told {
+        return Ok(format);
+    }
+    vbd_formats::assumed_raw(file)?;
+    Ok(Format::Raw)
+}
+
 #[derive(clap::Subcommand)]
 pub(crate) enum Verb {
     Create(create::Args),
