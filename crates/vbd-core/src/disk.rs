@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use vbd_ring::Local;
 
-use crate::{Live, Request, Result, Statistics};
+use crate::track::Track;
+use crate::{Error, ErrorKind, Live, Request, Result, Statistics};
 
 /// Sizes, all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +98,19 @@ pub trait Session: Send + Sync {
     /// What can be done with the disk beyond reading and writing it, where its format has it.
     fn live(&self) -> Option<&dyn Live> {
         None
+    }
+
+    /// The dirty bitmaps, where writes pass some on their way.
+    fn track(&self) -> Option<&Arc<Track>> {
+        None
+    }
+
+    /// Takes note, durably, of which bitmaps there are, after they were changed. Blocks.
+    ///
+    /// # Errors
+    /// They cannot be kept; they work until the disk is closed.
+    fn keep_bitmaps(&self) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "the disk has no bitmaps"))
     }
 }
 

@@ -15,6 +15,7 @@
 //!   returns.
 
 pub mod ask;
+pub mod bitmap;
 pub mod client;
 mod disk;
 mod error;
@@ -26,6 +27,7 @@ pub mod memory;
 pub mod range_lock;
 mod request;
 mod statistics;
+pub mod track;
 
 pub use client::Client;
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};

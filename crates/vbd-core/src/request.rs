@@ -112,6 +112,17 @@ pub struct Request {
     /// When the storage below was first asked; queue time ends and service time begins.
     pub issued_at: Option<Instant>,
     sink: Option<Rc<dyn Sink>>,
+    /// How many have put their sink before the front-end's.
+    depth: u8,
+    ticket: Option<Ticket>,
+}
+
+/// Lives until the request has come back to whoever had it when the ticket was given.
+struct Ticket {
+    depth: u8,
+    _held: Rc<dyn Any>,
+    /// The one before, where several filters have given one.
+    outer: Option<Box<Ticket>>,
 }
 
 impl Request {
@@ -129,11 +140,16 @@ impl Request {
             queued_at,
             issued_at: None,
             sink: Some(sink),
+            depth: 0,
+            ticket: None,
         }
     }
 
     /// Sends the request back to its sink.
     pub fn complete(mut self, result: Result<()>) {
+        while let Some(ticket) = self.ticket.take_if(|ticket| ticket.depth >= self.depth) {
+            self.ticket = ticket.outer.map(|outer| *outer);
+        }
         if let Some(sink) = self.sink.take() {
             sink.complete(self, result);
         }
@@ -147,12 +163,21 @@ impl Request {
 
     /// Puts another sink in place, for a filter that wants to see the outcome; gives the one before.
     pub fn replace_sink(&mut self, sink: Rc<dyn Sink>) -> Option<Rc<dyn Sink>> {
+        self.depth = self.depth.saturating_add(1);
         self.sink.replace(sink)
     }
 
     /// Puts a sink back that [`replace_sink`](Self::replace_sink) gave; the request is then to be completed again.
     pub fn restore_sink(&mut self, sink: Option<Rc<dyn Sink>>) {
+        self.depth = self.depth.saturating_sub(1);
         self.sink = sink;
+    }
+
+    /// Keeps `held` until the request comes back to the sink that it has now: it is dropped just before. So a filter
+    /// knows what is under way below it without standing in the way back.
+    pub(crate) fn keep(&mut self, held: Rc<dyn Any>) {
+        let outer = self.ticket.take().map(Box::new);
+        self.ticket = Some(Ticket { depth: self.depth, _held: held, outer });
     }
 }
 
@@ -170,6 +195,7 @@ impl Drop for Request {
             guard: self.guard.take(),
             extents: std::mem::take(&mut self.extents),
             sink: None,
+            ticket: self.ticket.take(),
             ..*self
         };
         sink.complete(request, Err(Error::new(ErrorKind::Io, "the request was lost inside vbd")));

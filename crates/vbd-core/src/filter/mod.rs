@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use vbd_ring::Local;
 
+use crate::track::Track;
 use crate::{Capabilities, Channel, Disk, Event, Geometry, Live, Result, Session, Statistics};
 
 pub use hold::{Hold, Policy, Verdict};
@@ -82,5 +83,13 @@ impl<F: Filter> Session for FilteredSession<F> {
 
     fn live(&self) -> Option<&dyn Live> {
         self.session.live()
+    }
+
+    fn track(&self) -> Option<&Arc<Track>> {
+        self.session.track()
+    }
+
+    fn keep_bitmaps(&self) -> Result<()> {
+        self.session.keep_bitmaps()
     }
 }

@@ -1,0 +1,129 @@
+//! A queue's way through the bitmaps of its disk.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vbd_ring::Local;
+
+use super::{Config, Phase, Track};
+use crate::{Channel, Request, Session};
+
+thread_local! {
+    /// The channels of this thread, so that those without writes notice an instant too.
+    static CHANNELS: RefCell<Vec<Weak<TrackChannel>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Brings all channels of this thread to the configuration that counts.
+pub(super) fn refresh_all() {
+    let channels: Vec<_> = CHANNELS.with_borrow(|list| list.iter().filter_map(Weak::upgrade).collect());
+    channels.iter().for_each(|channel| channel.refresh());
+}
+
+/// The writes of one channel under one configuration. Each holds it, and so does the channel until the next instant.
+struct Epoch(Arc<Phase>);
+
+impl Epoch {
+    fn new(phase: Arc<Phase>) -> Rc<Self> {
+        *phase.lock() += 1;
+        Rc::new(Epoch(phase))
+    }
+}
+
+impl Drop for Epoch {
+    fn drop(&mut self) {
+        let mut open = self.0.lock();
+        *open -= 1;
+        if *open == 0 {
+            self.0.ended.notify_all();
+        }
+    }
+}
+
+/// What counts for a channel now.
+struct Current {
+    config: Arc<Config>,
+    epoch: Rc<Epoch>,
+}
+
+pub(super) struct TrackChannel {
+    track: Arc<Track>,
+    inner: Rc<dyn Channel>,
+    local: Local,
+    /// Keeps the bitmaps from being put away.
+    _session: Arc<dyn Session>,
+    generation: Cell<u64>,
+    current: RefCell<Current>,
+}
+
+impl TrackChannel {
+    pub(super) fn new(
+        track: &Arc<Track>,
+        inner: Rc<dyn Channel>,
+        local: &Local,
+        session: Arc<dyn Session>,
+    ) -> Rc<Self> {
+        track.count(local, true);
+        let (generation, current) = now(track);
+        let channel = Rc::new(TrackChannel {
+            track: track.clone(),
+            inner,
+            local: local.clone(),
+            _session: session,
+            generation: Cell::new(generation),
+            current: RefCell::new(current),
+        });
+        CHANNELS.with_borrow_mut(|list| list.push(Rc::downgrade(&channel)));
+        channel
+    }
+
+    /// Takes over the configuration that counts.
+    #[cold]
+    fn refresh(&self) {
+        if self.generation.get() == self.track.generation.load(Ordering::Acquire) {
+            return;
+        }
+        let (generation, current) = now(&self.track);
+        self.generation.set(generation);
+        // The last one before lets go: after the borrow, since it takes a lock of its own.
+        let before = self.current.replace(current);
+        drop(before);
+    }
+}
+
+fn now(track: &Track) -> (u64, Current) {
+    let state = track.state();
+    // Under the lock, under which it changes.
+    let generation = track.generation.load(Ordering::Acquire);
+    (generation, Current { config: state.config.clone(), epoch: Epoch::new(state.phase.clone()) })
+}
+
+impl Channel for TrackChannel {
+    #[inline]
+    fn submit(self: Rc<Self>, mut request: Request) {
+        if request.operation.is_write() {
+            if self.generation.get() != self.track.generation.load(Ordering::Acquire) {
+                self.refresh();
+            }
+            let current = self.current.borrow();
+            for bitmap in &current.config.marks {
+                bitmap.mark(request.offset, request.len);
+            }
+            request.keep(current.epoch.clone());
+        }
+        self.inner.clone().submit(request);
+    }
+
+    fn cancel_waiting(&self) {
+        self.inner.cancel_waiting();
+    }
+}
+
+impl Drop for TrackChannel {
+    fn drop(&mut self) {
+        let this: *const TrackChannel = self;
+        CHANNELS.with_borrow_mut(|list| list.retain(|weak| weak.as_ptr() != this));
+        self.track.count(&self.local, false);
+    }
+}
