@@ -6,6 +6,8 @@ pub mod corpus;
 mod disk;
 mod mount;
 pub mod power;
+pub mod qcow2;
+pub mod qemu;
 mod random;
 
 use std::time::{Duration, Instant};
