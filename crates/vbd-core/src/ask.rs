@@ -105,6 +105,14 @@ impl Pending {
         self.0.as_mut().expect("there until it is completed")
     }
 
+    /// Gives the request back to the task, which passes it on at once.
+    ///
+    /// # Panics
+    /// Never: it is there until it is completed.
+    pub fn take(mut self) -> Request {
+        self.0.take().expect("there until it is completed")
+    }
+
     /// Sends the request back; an error says what it was doing.
     pub fn complete(mut self, result: Result<()>) {
         match (self.0.take(), result) {

@@ -7,8 +7,10 @@ use std::sync::atomic::Ordering;
 
 use vbd_ring::Local;
 
+use super::preserve::Preserve;
 use super::{Config, Phase, Track};
-use crate::{Channel, Request, Session};
+use crate::ask::Pending;
+use crate::{Channel, Operation, Request, Session};
 
 thread_local! {
     /// The channels of this thread, so that those without writes notice an instant too.
@@ -45,6 +47,8 @@ impl Drop for Epoch {
 struct Current {
     config: Arc<Config>,
     epoch: Rc<Epoch>,
+    /// Where a running backup has its copies.
+    store: Option<Rc<dyn Channel>>,
 }
 
 pub(super) struct TrackChannel {
@@ -65,7 +69,7 @@ impl TrackChannel {
         session: Arc<dyn Session>,
     ) -> Rc<Self> {
         track.count(local, true);
-        let (generation, current) = now(track);
+        let (generation, current) = now(track, local);
         let channel = Rc::new(TrackChannel {
             track: track.clone(),
             inner,
@@ -78,13 +82,34 @@ impl TrackChannel {
         channel
     }
 
+    /// Passes a request on when what it would destroy was copied away.
+    #[cold]
+    fn preserve_first(
+        self: Rc<Self>,
+        preserve: Arc<Preserve>,
+        store: Option<Rc<dyn Channel>>,
+        request: Request,
+    ) {
+        let Some(store) = store else { return self.inner.clone().submit(request) };
+        if request.operation == Operation::Discard {
+            // Advice, and not worth a copy of everything that a guest does not need.
+            return request.complete(Ok(()));
+        }
+        let local = self.local.clone();
+        local.spawn(async move {
+            let mut pending = Pending::new(request);
+            preserve.before(&self.inner, &store, &self.local, pending.request()).await;
+            self.inner.clone().submit(pending.take());
+        });
+    }
+
     /// Takes over the configuration that counts.
     #[cold]
     fn refresh(&self) {
         if self.generation.get() == self.track.generation.load(Ordering::Acquire) {
             return;
         }
-        let (generation, current) = now(&self.track);
+        let (generation, current) = now(&self.track, &self.local);
         self.generation.set(generation);
         // The last one before lets go: after the borrow, since it takes a lock of its own.
         let before = self.current.replace(current);
@@ -92,11 +117,14 @@ impl TrackChannel {
     }
 }
 
-fn now(track: &Track) -> (u64, Current) {
+fn now(track: &Track, local: &Local) -> (u64, Current) {
     let state = track.state();
     // Under the lock, under which it changes.
     let generation = track.generation.load(Ordering::Acquire);
-    (generation, Current { config: state.config.clone(), epoch: Epoch::new(state.phase.clone()) })
+    let (config, epoch) = (state.config.clone(), Epoch::new(state.phase.clone()));
+    drop(state);
+    let store = config.preserve.as_ref().map(|preserve| preserve.store(local));
+    (generation, Current { config, epoch, store })
 }
 
 impl Channel for TrackChannel {
@@ -111,6 +139,13 @@ impl Channel for TrackChannel {
                 bitmap.mark(request.offset, request.len);
             }
             request.keep(current.epoch.clone());
+            if let Some(preserve) = &current.config.preserve
+                && preserve.concerns(request.offset, request.len)
+            {
+                let (preserve, store) = (preserve.clone(), current.store.clone());
+                drop(current);
+                return self.preserve_first(preserve, store, request);
+            }
         }
         self.inner.clone().submit(request);
     }

@@ -112,6 +112,7 @@ impl Disk for Tracked {
         }
         let inner = self.disk.open()?;
         let track = Track::new(inner.geometry().size);
+        let _ = track.inner.set(Arc::downgrade(&inner));
         let writable = !inner.capabilities().read_only;
         if let Some(keeper) = self.inside.keeper.as_ref().filter(|_| writable) {
             keeper.opened(&*inner, &track)?;

@@ -14,16 +14,22 @@
 
 mod channel;
 mod disk;
+mod frozen;
+mod preserve;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use vbd_ring::{Handle, Local};
 
+use crate::Session;
 use crate::bitmap::{Bitmap, BitmapError};
 
+use preserve::Preserve;
+
 pub use disk::{Keeper, Tracked};
+pub use frozen::{Freeze, Frozen};
 
 /// The longest that writes under way are waited for.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -98,6 +104,7 @@ impl Named {
 #[derive(Default)]
 struct Config {
     marks: Vec<Arc<Bitmap>>,
+    preserve: Option<Arc<Preserve>>,
 }
 
 /// Writes of one configuration: how many channels may still have some under way.
@@ -129,6 +136,8 @@ impl Phase {
 struct State {
     size: u64,
     named: Vec<Named>,
+    /// What a running backup needs.
+    preserve: Option<Arc<Preserve>>,
     config: Arc<Config>,
     phase: Arc<Phase>,
     /// Those of before whose writes may not have ended.
@@ -143,6 +152,29 @@ pub struct Track {
     state: Mutex<State>,
     /// One change at a time.
     changing: Mutex<()>,
+    /// The disk behind.
+    inner: OnceLock<Weak<dyn Session>>,
+}
+
+impl State {
+    /// From the next instant on, what this backup needs is preserved.
+    fn take_on(&mut self, preserve: &Arc<Preserve>) -> Result<(), TrackError> {
+        if self.preserve.is_some() {
+            return Err(TrackError::Busy);
+        }
+        self.preserve = Some(preserve.clone());
+        Ok(())
+    }
+
+    /// The instant: from here on this list counts.
+    fn publish(&mut self, generation: &AtomicU64) {
+        let marks = self.named.iter().filter(|named| named.enabled).map(|named| named.bitmap.clone());
+        self.config = Arc::new(Config { marks: marks.collect(), preserve: self.preserve.clone() });
+        let phase = std::mem::take(&mut self.phase);
+        self.earlier.push(phase);
+        self.earlier.retain(|phase| *phase.lock() > 0);
+        generation.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 impl Track {
@@ -151,6 +183,7 @@ impl Track {
         let state = State {
             size,
             named: Vec::new(),
+            preserve: None,
             config: Arc::default(),
             phase: Arc::default(),
             earlier: Vec::new(),
@@ -160,6 +193,7 @@ impl Track {
             generation: AtomicU64::new(0),
             state: Mutex::new(state),
             changing: Mutex::default(),
+            inner: OnceLock::new(),
         })
     }
 
@@ -340,6 +374,9 @@ impl Track {
     /// Does what changes the disk's content without writes: every block is marked before and after.
     fn changes_everywhere<T>(&self, work: impl FnOnce() -> T) -> Result<T, TrackError> {
         let _changing = self.change_lock();
+        if self.state().preserve.is_some() {
+            return Err(TrackError::Busy);
+        }
         let mark = || {
             let config = self.state().config.clone();
             config.marks.iter().for_each(|bitmap| bitmap.mark_all());
@@ -356,7 +393,15 @@ impl Track {
         &self,
         edit: impl FnOnce(u64, &mut Vec<Named>) -> Result<(), TrackError>,
     ) -> Result<(), TrackError> {
-        let _changing = self.change_lock();
+        self.change_locked(&self.change_lock(), edit)
+    }
+
+    /// The same for whoever has said that it changes something.
+    fn change_locked(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        edit: impl FnOnce(u64, &mut Vec<Named>) -> Result<(), TrackError>,
+    ) -> Result<(), TrackError> {
         let (size, before) = {
             let state = self.state();
             (state.size, state.named.clone())
@@ -381,13 +426,21 @@ impl Track {
     /// The instant: from here on this list counts.
     fn publish(&self, named: Vec<Named>) {
         let mut state = self.state();
-        let marks = named.iter().filter(|named| named.enabled).map(|named| named.bitmap.clone());
-        state.config = Arc::new(Config { marks: marks.collect() });
         state.named = named;
-        let phase = std::mem::take(&mut state.phase);
-        state.earlier.push(phase);
-        state.earlier.retain(|phase| *phase.lock() > 0);
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        state.publish(&self.generation);
+    }
+
+    /// A backup needs nothing any more.
+    fn thaw(&self, preserve: &Arc<Preserve>) {
+        let mut state = self.state();
+        if state.preserve.take_if(|running| Arc::ptr_eq(running, preserve)).is_some() {
+            state.publish(&self.generation);
+        }
+    }
+
+    /// The disk behind, while it is open.
+    fn inner(&self) -> Option<Arc<dyn Session>> {
+        self.inner.get()?.upgrade()
     }
 
     /// Waits until no write from before the last instant is under way; false where that takes too long.
