@@ -2,6 +2,15 @@
 //!
 //! - [`mod@format`]: the structures of the file, read from bytes that are hostile until checked, and written.
 //! - [`storage`]: the file that an image is in, for all that happens while nobody is served from it.
+//! - [`create()`]: new images, and how large one becomes ([`Measure`]).
+//! - [`info`]: what an image says of itself.
 
+mod create;
 pub mod format;
+pub mod info;
 pub mod storage;
+
+pub use create::{
+    Backing, CreateError, CreateOptions, DataFile, Measure, Measured, Preallocation, Version, create,
+    create_in,
+};

@@ -20,6 +20,7 @@ pub use bitmap::{
 };
 pub use entry::{Cluster, Compressed, L1Entry, L2Entry, Malformed, Subclusters};
 pub use error::{Error, Result};
+pub(crate) use extension::printable;
 pub use extension::{BitmapsExtension, CryptoHeader, Extension, FeatureKind, FeatureName, feature_table};
 pub use header::{Compression, Encryption, Header, at, autoclear, compatible, incompatible};
 pub use layout::Layout;
