@@ -4,6 +4,7 @@
 //! are under way as there are threads that ask. One thread has several under way with [`Client::start`].
 
 use std::fmt;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -118,6 +119,15 @@ pub struct Pending {
     answer: Receiver<Answer>,
     ask: Ask,
     buffer: Option<Buffer>,
+    /// What others read, too, and nobody may change before the outcome is known.
+    shared: Option<Arc<Buffer>>,
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // Not waited for: the buffer must never be anyone's alone again.
+        std::mem::forget(self.shared.take());
+    }
 }
 
 impl Pending {
@@ -126,9 +136,12 @@ impl Pending {
     ///
     /// # Errors
     /// Those of the request.
-    pub fn wait(self) -> (Option<Buffer>, Result<Vec<Extent>>) {
+    pub fn wait(mut self) -> (Option<Buffer>, Result<Vec<Extent>>) {
         match self.answer.recv() {
-            Ok(answer) => (self.buffer, answer.result.map(|()| answer.extents)),
+            Ok(answer) => {
+                drop(self.shared.take());
+                (self.buffer.take(), answer.result.map(|()| answer.extents))
+            }
             Err(_) => {
                 let Ask { operation, offset, len, .. } = self.ask;
                 let error = Error::new(ErrorKind::Cancelled, "the reactor has ended");
@@ -177,25 +190,40 @@ impl Client {
     /// # Panics
     /// A read or write without a buffer of its length at least.
     pub fn start(&self, ask: Ask, buffer: Option<Buffer>) -> Pending {
-        let (sender, answer) = sync_channel(1);
         let memory = matches!(ask.operation, Operation::Read | Operation::Write).then(|| {
             let len = usize::try_from(ask.len).unwrap_or(usize::MAX);
             let buffer = buffer.as_ref().expect("a read or write has a buffer");
             assert!(len <= buffer.len, "a buffer as long as the range");
-            (buffer.memory.clone(), len)
+            (buffer.memory.clone(), 0..len)
         });
+        Pending { answer: self.post(ask, memory), ask, buffer, shared: None }
+    }
+
+    /// Starts to write a part of a buffer that others may read meanwhile.
+    ///
+    /// # Panics
+    /// The buffer has no such part.
+    pub fn start_write(&self, offset: u64, buffer: &Arc<Buffer>, part: Range<usize>) -> Pending {
+        assert!(part.start <= part.end && part.end <= buffer.len, "a part of the buffer");
+        let ask = Ask::new(Operation::Write, offset, part.len() as u64);
+        let answer = self.post(ask, Some((buffer.memory.clone(), part)));
+        Pending { answer, ask, buffer: None, shared: Some(buffer.clone()) }
+    }
+
+    fn post(&self, ask: Ask, memory: Option<(Arc<Memory>, Range<usize>)>) -> Receiver<Answer> {
+        let (sender, answer) = sync_channel(1);
         self.port.post(move |port| {
             let now = std::time::Instant::now();
             let sink = Rc::new(Waiting(sender));
             let mut request = Request::new(ask.operation, ask.offset, ask.len, now, sink);
             request.flags = ask.flags;
-            if let Some((memory, len)) = memory {
-                request.memory.push(memory.piece(0, len));
+            if let Some((memory, part)) = memory {
+                request.memory.push(memory.piece(part.start, part.len()));
                 request.guard = Some(memory);
             }
             port.channel.clone().submit(request);
         });
-        Pending { answer, ask, buffer }
+        answer
     }
 
     /// Does one request that moves no data.

@@ -12,6 +12,8 @@ pub enum Format {
     /// The bytes of the disk, one to one.
     #[default]
     Raw,
+    /// QEMU's format: allocates as it is written to, stands on backing files, keeps snapshots.
+    Qcow2,
 }
 
 /// A text that names no format that is known here.
@@ -50,20 +52,21 @@ impl fmt::Display for FormatError {
 impl std::error::Error for FormatError {}
 
 impl Format {
-    /// All of them.
+    /// All that can be opened.
     pub const ALL: [Format; 1] = [Format::Raw];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
         }
     }
 
     /// Whether images of it can be written to, and made.
     pub fn is_writable(self) -> bool {
         match self {
-            Format::Raw => true,
+            Format::Raw | Format::Qcow2 => true,
         }
     }
 

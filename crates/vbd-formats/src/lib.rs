@@ -4,11 +4,15 @@
 //! an image and of all that it names (backing files, data files), each of which passes a [`Gate`] first. The formats
 //! themselves open nothing but the file they are given.
 
+mod chain;
+mod create;
 mod format;
 mod gate;
 mod identify;
 mod open;
 
+pub use chain::{Details, Link, broken_chain, chain};
+pub use create::{NewImage, create};
 pub use format::{Format, FormatError};
 pub use gate::Gate;
 pub use identify::{assumed_raw, identify};

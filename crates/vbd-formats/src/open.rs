@@ -77,5 +77,6 @@ pub fn open(spec: &ImageSpec) -> Result<Arc<dyn Disk>> {
     }
     match spec.format {
         Format::Raw => Ok(Raw::new(spec.raw())),
+        Format::Qcow2 => Err(Error::new(ErrorKind::Unsupported, "qcow2 images are not opened yet")),
     }
 }

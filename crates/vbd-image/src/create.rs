@@ -218,6 +218,39 @@ impl Drop for Draft {
     }
 }
 
+/// Refuses a name that [`publish`] would not give: there is a file and it is not to be replaced, or it is no regular
+/// file, or somebody uses it, or there is no such directory.
+///
+/// # Errors
+/// Why not.
+pub fn may_publish(path: &Path, replace: bool) -> Result<(), CreateError> {
+    existing(path, replace)?;
+    let directory = directory_of(path);
+    if directory.is_dir() {
+        return Ok(());
+    }
+    Err(CreateError::NoDirectory { path: path.to_owned(), directory: directory.to_owned() })
+}
+
+/// Gives a file that was made under another name in the same directory its own: atomically, and over an existing file
+/// only where that is to be replaced and nobody uses it.
+///
+/// # Errors
+/// See [`CreateError`]. The file then keeps the name that it has.
+pub fn publish(temporary: &Path, path: &Path, replace: bool) -> Result<(), CreateError> {
+    let failed = |errno: Errno| match errno {
+        Errno::EXIST => CreateError::Exists(path.to_owned()),
+        other => {
+            CreateError::Io { path: path.to_owned(), doing: "give the file its name", error: other.into() }
+        }
+    };
+    if !replace {
+        return rename_new(temporary, path).map_err(failed);
+    }
+    existing(path, true)?;
+    rustix::fs::rename(temporary, path).map_err(failed)
+}
+
 /// Rename, but never over an existing file.
 fn rename_new(from: &Path, to: &Path) -> rustix::io::Result<()> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {

@@ -1,0 +1,178 @@
+//! Making one disk's content another's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vbd_core::Client;
+use vbd_core::client::Buffer;
+
+use crate::ranges::{Chunk, Chunks, Turns, each, lock};
+use crate::zeroes::{are_zero, runs};
+use crate::{Progress, Result};
+
+/// Bytes that are read and written at once.
+pub(crate) const CHUNK: u64 = 2 << 20;
+/// The smallest run of zeroes that is not written.
+const SMALLEST_UNIT: u64 = 4096;
+
+/// How to copy.
+pub(crate) struct Copy<'a> {
+    /// Where the content is.
+    pub(crate) source: &'a Client,
+    /// Where it is to be, and where it is to begin as `base` tells, or with zeroes.
+    pub(crate) target: &'a Client,
+    /// What the target stands on: only what differs from that is written.
+    pub(crate) base: Option<&'a Client>,
+    /// Threads, and so chunks that are under way at once.
+    pub(crate) threads: usize,
+    /// Begin writes in the order of the disk.
+    pub(crate) ordered: bool,
+}
+
+/// A thread's own memory.
+struct Buffers {
+    data: Arc<Buffer>,
+    base: Option<Buffer>,
+}
+
+impl Copy<'_> {
+    /// Copies from `start` on up to the source's end. `mark` is told now and then below which offset all is written
+    /// (and not yet durable); it may fail the job. Gives the bytes that were written.
+    pub(crate) fn run(
+        &self,
+        start: u64,
+        progress: &dyn Progress,
+        mark: &(dyn Fn(u64) -> Result<()> + Sync),
+    ) -> Result<u64> {
+        let size = self.source.size();
+        let unit = u64::from(self.target.session().geometry().discard_granularity);
+        let unit = unit.clamp(SMALLEST_UNIT, CHUNK).next_power_of_two();
+        let start = start / CHUNK * CHUNK;
+        progress.step("copying", size - start.min(size));
+        let chunks = Chunks::new(self.source, start, size, unit, CHUNK);
+        let (turns, low, written) = (Turns::default(), Low::new(start), AtomicU64::new(0));
+        let bytes = usize::try_from(CHUNK).expect("a chunk is small");
+        let own =
+            || Buffers { data: Arc::new(Buffer::new(bytes)), base: self.base.map(|_| Buffer::new(bytes)) };
+        let unit = usize::try_from(unit).expect("a unit is small");
+        each(chunks, self.threads, &turns, progress, own, |own, chunk| {
+            let done = self.chunk(own, chunk, unit, &turns)?;
+            written.fetch_add(done, Ordering::Relaxed);
+            mark(low.done(chunk))?;
+            Ok(true)
+        })?;
+        Ok(written.into_inner())
+    }
+
+    fn chunk(&self, own: &mut Buffers, chunk: Chunk, unit: usize, turns: &Turns) -> Result<u64> {
+        if !chunk.data && self.base.is_none() {
+            self.turn(chunk, turns, || ());
+            return Ok(0);
+        }
+        if !chunk.data {
+            self.turn(chunk, turns, || ());
+            return self.zero_over_base(chunk);
+        }
+        let len = usize::try_from(chunk.len).expect("data comes in chunks");
+        let data = Arc::get_mut(&mut own.data);
+        // Its last writer has been waited for, unless that was an error, which ended the job.
+        let data = data.expect("a thread's buffer is its own between chunks");
+        self.source.read(chunk.offset, data, len)?;
+        let wanted = match (self.base, &mut own.base) {
+            (Some(base), Some(below)) => {
+                read_padded(base, chunk.offset, below, len)?;
+                runs(len, unit, |piece| data[piece.clone()] != below[piece])
+            }
+            _ => runs(len, unit, |piece| !are_zero(&data[piece])),
+        };
+        let mut pending = Vec::with_capacity(wanted.len());
+        self.turn(chunk, turns, || {
+            for run in &wanted {
+                pending.push(self.target.start_write(
+                    chunk.offset + run.start as u64,
+                    &own.data,
+                    run.clone(),
+                ));
+            }
+        });
+        let results: Vec<_> = pending.into_iter().map(|pending| pending.wait().1).collect();
+        for result in results {
+            result?;
+        }
+        Ok(wanted.iter().map(|run| run.len() as u64).sum())
+    }
+
+    /// Runs `work` when it is the chunk's turn, where there is an order.
+    fn turn(&self, chunk: Chunk, turns: &Turns, work: impl FnOnce()) {
+        if !self.ordered {
+            work();
+        } else if turns.wait(chunk.number) {
+            work();
+            turns.pass();
+        }
+    }
+
+    /// Hides what the base has where the source has nothing.
+    fn zero_over_base(&self, chunk: Chunk) -> Result<u64> {
+        let Some(base) = self.base else { return Ok(0) };
+        let end = chunk.end().min(base.size());
+        let mut done = 0;
+        if chunk.offset < end {
+            base.parts(chunk.offset, end - chunk.offset, |offset, len, kind| {
+                if kind == vbd_core::ExtentKind::Data {
+                    self.target.zero(offset, len, true)?;
+                    done += len;
+                }
+                Ok::<_, crate::Error>(())
+            })?;
+        }
+        Ok(done)
+    }
+}
+
+/// Fills the first `len` bytes of a buffer from a disk that may end before them; what is missing is zeroes.
+pub(crate) fn read_padded(disk: &Client, offset: u64, buffer: &mut Buffer, len: usize) -> Result<()> {
+    let there = disk.size().saturating_sub(offset);
+    let there = usize::try_from(there).unwrap_or(usize::MAX).min(len);
+    if there > 0 {
+        disk.read(offset, buffer, there)?;
+    }
+    buffer[there..len].fill(0);
+    Ok(())
+}
+
+/// Below which offset every chunk is done.
+struct Low(Mutex<(u64, BTreeMap<u64, u64>)>);
+
+impl Low {
+    fn new(start: u64) -> Self {
+        Low(Mutex::new((start, BTreeMap::new())))
+    }
+
+    fn done(&self, chunk: Chunk) -> u64 {
+        let mut state = lock(&self.0);
+        let (low, later) = &mut *state;
+        later.insert(chunk.offset, chunk.end());
+        while let Some(entry) = later.first_entry().filter(|entry| entry.key() == low) {
+            *low = entry.remove();
+        }
+        *low
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_low_mark_waits_for_the_chunk_that_is_late() {
+        let low = Low::new(0);
+        let chunk = |offset, len| Chunk { number: 0, offset, len, data: true };
+        assert_eq!(low.done(chunk(10, 10)), 0);
+        assert_eq!(low.done(chunk(20, 5)), 0);
+        assert_eq!(low.done(chunk(0, 10)), 25);
+        assert_eq!(low.done(chunk(25, 1)), 26);
+    }
+}

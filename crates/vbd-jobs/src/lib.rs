@@ -1,0 +1,19 @@
+//! Work on whole disks, of any format: each job reads and writes through the disks' common face.
+//!
+//! Jobs block and run on the caller's threads; [`Image`] opens a disk for them, with a reactor of its own.
+
+mod compare;
+mod convert;
+mod copy;
+mod error;
+mod image;
+mod journal;
+mod progress;
+mod ranges;
+mod zeroes;
+
+pub use compare::{Compared, Difference, compare};
+pub use convert::{Conversion, ConvertOptions, Leftover, convert};
+pub use error::{Error, Result};
+pub use image::Image;
+pub use progress::{Progress, Silent};
