@@ -57,3 +57,8 @@ fn vbd_is_killed_under_load_and_a_guest_destroyed_in_mid_write() -> Result<()> {
 fn lines_of_domain_files_as_they_always_were() -> Result<()> {
     case("unchanged")
 }
+
+#[test]
+fn a_driver_domain_serves_another_domain() -> Result<()> {
+    case("driver")
+}

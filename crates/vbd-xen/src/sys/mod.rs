@@ -95,7 +95,8 @@ pub struct WatchEvent {
 
 /// A connection to xenstore.
 ///
-/// Errors: the connection is lost, or xenstored has refused; missing keys are no errors.
+/// Errors: the connection is lost, or xenstored has refused; keys that are missing, or that this domain may not see, are
+/// no errors, and the two are not told apart.
 pub trait Store: Send {
     /// The value of a key; none where it does not exist.
     ///

@@ -135,11 +135,7 @@ impl Connection {
     }
 
     fn ask_path(&mut self, kind: u32, transaction: u32, path: &str) -> io::Result<Option<Vec<u8>>> {
-        match self.ask(kind, transaction, &[path.as_bytes(), b"\0"]) {
-            Ok(answer) => Ok(Some(answer)),
-            Err(error) if is(&error, libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
+        seen(self.ask(kind, transaction, &[path.as_bytes(), b"\0"]))
     }
 
     /// Names that do not fit into one message, part by part.
@@ -148,10 +144,7 @@ impl Connection {
         loop {
             let place = offset.to_string();
             let parts = [path.as_bytes(), b"\0", place.as_bytes(), b"\0"];
-            let answer = match self.ask(kind::DIRECTORY_PART, 0, &parts) {
-                Err(error) if is(&error, libc::ENOENT) => return Ok(None),
-                answer => answer?,
-            };
+            let Some(answer) = seen(self.ask(kind::DIRECTORY_PART, 0, &parts))? else { return Ok(None) };
             let mut texts = wire::texts(&answer);
             let now = texts.next();
             if generation.is_some() && generation != now {
@@ -202,6 +195,16 @@ impl Connection {
     }
 }
 
+/// An answer about a key, if there is one to be seen. A driver domain may not see all of another domain's keys, and each
+/// domain decides who sees those of its front-end.
+fn seen(answer: io::Result<Vec<u8>>) -> io::Result<Option<Vec<u8>>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if is(&error, libc::ENOENT) || is(&error, libc::EACCES) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 fn is(error: &io::Error, number: i32) -> bool {
     error.raw_os_error() == Some(number)
 }
@@ -236,7 +239,10 @@ impl Store for Connection {
     }
 
     fn remove(&mut self, path: &str) -> io::Result<()> {
-        self.ask_path(kind::RM, 0, path).map(|_| ())
+        match self.ask(kind::RM, 0, &[path.as_bytes(), b"\0"]) {
+            Err(error) if is(&error, libc::ENOENT) => Ok(()),
+            answer => answer.map(|_| ()),
+        }
     }
 
     fn watch(&mut self, path: &str, token: &str) -> io::Result<()> {

@@ -66,14 +66,18 @@ fn keys_that_are_there_and_that_are_not() {
         turn(kind::READ, 0, b"a/d\0", Answer::Error(b"EACCES\0")),
         turn(kind::DIRECTORY, 0, b"a\0", Answer::Same(b"b\0c\0")),
         turn(kind::DIRECTORY, 0, b"x\0", Answer::Error(b"ENOENT\0")),
+        turn(kind::DIRECTORY, 0, b"y\0", Answer::Error(b"EACCES\0")),
         turn(kind::RM, 0, b"x\0", Answer::Error(b"ENOENT\0")),
+        turn(kind::RM, 0, b"y\0", Answer::Error(b"EACCES\0")),
     ]);
     assert_eq!(store.read("a/b").unwrap().as_deref(), Some(&b"value"[..]));
     assert_eq!(store.read("a/c").unwrap(), None);
-    assert_eq!(store.read("a/d").unwrap_err().raw_os_error(), Some(libc::EACCES));
+    assert_eq!(store.read("a/d").unwrap(), None, "what may not be seen is not there");
     assert_eq!(store.list("a").unwrap().unwrap(), ["b", "c"]);
     assert_eq!(store.list("x").unwrap(), None);
+    assert_eq!(store.list("y").unwrap(), None);
     store.remove("x").unwrap();
+    assert_eq!(store.remove("y").unwrap_err().raw_os_error(), Some(libc::EACCES));
     thread.join().unwrap();
 }
 
