@@ -23,6 +23,7 @@ const TARGETS: &[Target] = &[
     ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("qcow2_structures", vbd_qcow2::format::fuzz::structures),
+    ("sidecar", vbd_image::sidecar::fuzz),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
     ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),

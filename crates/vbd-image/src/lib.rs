@@ -11,6 +11,7 @@ pub mod partition;
 pub mod probe;
 pub mod raw;
 mod read_at;
+pub mod sidecar;
 pub mod size;
 
 pub use read_at::ReadAt;
