@@ -7,6 +7,7 @@ mod build;
 mod docs;
 mod files;
 mod idle;
+mod image;
 mod loads;
 mod machine;
 mod peers;
@@ -32,8 +33,8 @@ pub(crate) struct Args {
     /// Short runs, few of them: to see that everything works
     #[arg(long)]
     quick: bool,
-    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`, `ublk`, `build`, `build/debian`;
-    /// several with commas. `xen` alone compares with Xen's own back-ends on an emulated machine, which nothing else does
+    /// Only the parts whose name contains this: `disk/randread-4K-32`, `memory`, `idle`, `ublk`, `build`, `build/debian`,
+    /// `image`, `image/convert`; several with commas. `xen` alone compares with Xen's own back-ends on an emulated machine, which nothing else does
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
     /// Only the peers whose name contains one of these: `file`, `qsd`, `vbd`; for `build`: `cat`, `loop`, `mke2fs`, `vbd`
@@ -93,7 +94,9 @@ impl Plan {
     /// Whether disks are served, to a client that has to be built.
     fn serves(&self) -> bool {
         let loads = |storage: Storage| Load::ALL.into_iter().map(move |load| storage.key(load));
-        self.wants("idle") || Storage::ALL.into_iter().flat_map(loads).any(|name| self.wants(&name))
+        self.wants("idle")
+            || image::serves(self)
+            || Storage::ALL.into_iter().flat_map(loads).any(|name| self.wants(&name))
     }
 
     /// Whether a peer of this name takes part.
@@ -153,11 +156,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         results.ublk = ublk::measure(&plan)?;
     }
     build::measure(&plan, &mut results)?;
+    image::measure(&plan, &mut results)?;
     results.write(&kept)?;
 
     if args.json {
         let mut judged = targets::judge(&results);
         judged.extend(build::judge::judge(&results.build));
+        judged.extend(image::judge::judge(&results.image_loads, &results.image));
         println!(
             "{}",
             serde_json::to_string_pretty(&serde_json::json!({ "results": results, "targets": judged }))?

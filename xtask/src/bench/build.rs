@@ -17,10 +17,9 @@ use tempfile::TempDir;
 
 use super::Plan;
 use super::results::Results;
-use race::{Race, Way};
 use ways::Ways;
 
-pub(crate) use race::{Timing, Works};
+pub(crate) use race::{Race, Timing, Way, Works};
 pub(crate) use tables::tables;
 
 /// A tree of small files.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::build;
 use super::files::Storage;
+use super::image;
 use super::loads::{Load, Sample};
 use super::peers::Peer;
 use super::results::Results;
@@ -26,11 +27,15 @@ const IMAGES: Marks = Marks {
     begin: "<!-- cargo xtask bench --only build --write-docs: begin -->\n",
     end: "<!-- cargo xtask bench --only build --write-docs: end -->\n",
 };
+const LIVE: Marks = Marks {
+    begin: "<!-- cargo xtask bench --only image --write-docs: begin -->\n",
+    end: "<!-- cargo xtask bench --only image --write-docs: end -->\n",
+};
 
 /// Replaces what is between the marks of the sections for which there are results.
 pub(crate) fn write(path: &Path, results: &Results) -> Result<()> {
     let mut text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    for (marks, tables) in [(DISKS, disks(results)), (IMAGES, images(results))] {
+    for (marks, tables) in [(DISKS, disks(results)), (IMAGES, images(results)), (LIVE, live(results))] {
         if let Some(tables) = tables {
             let Marks { begin, end } = marks;
             text = replace(&text, &marks, &tables).with_context(|| {
@@ -50,7 +55,7 @@ fn replace(text: &str, marks: &Marks, tables: &str) -> Option<String> {
 
 /// Everything, in Markdown.
 pub(crate) fn tables(results: &Results) -> String {
-    let sections = [disks(results), images(results)];
+    let sections = [disks(results), images(results), live(results)];
     sections.into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
 
@@ -67,6 +72,26 @@ fn images(results: &Results) -> Option<String> {
         ways.iter().filter_map(move |(way, timing)| Some((work, way, timing.failure.as_ref()?)))
     });
     text += &failures(ways);
+    Some(text)
+}
+
+/// What is said of images that live.
+fn live(results: &Results) -> Option<String> {
+    let (loads, works) = (&results.image_loads, &results.image);
+    if loads.is_empty() && works.is_empty() {
+        return None;
+    }
+    let mut text = machine(results);
+    text += "\n### Targets of images that live\n\n";
+    text += &targets(&image::judge::judge(loads, works));
+    text += &image::tables(loads, works);
+    let servers = loads.iter().flat_map(|(load, cells)| {
+        cells.iter().filter_map(move |(server, cell)| Some((load, server, cell.failure.as_ref()?)))
+    });
+    let ways = works.iter().flat_map(|(work, ways)| {
+        ways.iter().filter_map(move |(way, timing)| Some((work, way, timing.failure.as_ref()?)))
+    });
+    text += &failures(servers.chain(ways));
     Some(text)
 }
 

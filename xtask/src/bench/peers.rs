@@ -185,7 +185,7 @@ impl Serving {
 
     /// The client of vhost-user connects again until the server listens: such a server may take one client only, and a
     /// trial would be that one.
-    fn vhost_user(command: Command, socket: PathBuf, dir: &Path) -> Result<Self> {
+    pub(crate) fn vhost_user(command: Command, socket: PathBuf, dir: &Path) -> Result<Self> {
         let mut serving = Self::spawn(command, Target::VhostUser(socket.clone()), &socket, dir)?;
         serving.wait_until(dir, || socket.exists())?;
         Ok(serving)
@@ -215,6 +215,14 @@ impl Serving {
             thread::sleep(Duration::from_millis(2));
         }
         Ok(())
+    }
+
+    /// Where it serves vhost-user.
+    pub(crate) fn socket(&self) -> Option<&Path> {
+        match &self.target {
+            Target::VhostUser(socket) => Some(socket),
+            _ => None,
+        }
     }
 
     /// The server, where it is a process.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Plan;
 use super::build::Works;
 use super::idle::Idle;
+use super::image::Loads;
 use super::loads::Sample;
 use super::machine::Machine;
 use super::peers::Peer;
@@ -27,6 +28,11 @@ pub(crate) struct Results {
     pub(crate) ublk: Vec<Row>,
     #[serde(default)]
     pub(crate) build: Works,
+    /// Of qcow2 images.
+    #[serde(default)]
+    pub(crate) image_loads: Loads,
+    #[serde(default)]
+    pub(crate) image: Works,
 }
 
 /// How it was measured.
@@ -62,6 +68,8 @@ impl Results {
             idle: None,
             ublk: Vec::new(),
             build: Works::new(),
+            image_loads: Loads::new(),
+            image: Works::new(),
         }
     }
 
@@ -86,6 +94,8 @@ impl Results {
         self.idle = earlier.idle;
         self.ublk = earlier.ublk;
         self.build = earlier.build;
+        self.image_loads = earlier.image_loads;
+        self.image = earlier.image;
     }
 
     /// Forgets what is known of a load.

@@ -40,25 +40,25 @@ impl Timing {
 }
 
 /// One way to do it.
-pub(super) struct Way {
-    pub(super) name: &'static str,
-    pub(super) command: Box<dyn Fn() -> Command>,
+pub(crate) struct Way {
+    pub(crate) name: &'static str,
+    pub(crate) command: Box<dyn Fn() -> Command>,
     /// What it makes, and must not be there before.
-    pub(super) makes: Vec<PathBuf>,
-    /// An image that e2fsck has to like after the first round: a wrong one is no result.
-    pub(super) image: Option<PathBuf>,
+    pub(crate) makes: Vec<PathBuf>,
+    /// What has to be content with it after the first round: a wrong one is no result.
+    pub(crate) check: Option<Box<dyn Fn() -> Command>>,
 }
 
 /// The work.
-pub(super) struct Race<'a> {
-    pub(super) name: &'a str,
-    pub(super) rounds: usize,
-    pub(super) ways: Vec<Way>,
+pub(crate) struct Race<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) rounds: usize,
+    pub(crate) ways: Vec<Way>,
 }
 
 impl Race<'_> {
     /// Measures. A way that fails is left out of later rounds, and the results say why.
-    pub(super) fn run(mut self, plan: &Plan, works: &mut Works) -> Result<()> {
+    pub(crate) fn run(mut self, plan: &Plan, works: &mut Works) -> Result<()> {
         self.ways.retain(|way| plan.takes(way.name));
         eprintln!("{}: {} rounds of {} ways", self.name, self.rounds, self.ways.len());
         let work = works.entry(self.name.to_owned()).or_default();
@@ -102,8 +102,8 @@ impl Way {
             said.read_to_string(&mut text)?;
             anyhow::bail!("{status}: {}", text.trim());
         }
-        if let Some(image) = self.image.as_ref().filter(|_| check) {
-            output(Command::new("/sbin/e2fsck").arg("-fn").arg(image))?;
+        if let Some(command) = self.check.as_ref().filter(|_| check) {
+            output(&mut command())?;
         }
         Ok((seconds, peak_kib))
     }
@@ -145,7 +145,7 @@ mod tests {
             sh.args(["-ec", script]);
             sh
         };
-        Way { name: "sh", command: Box::new(command), makes, image: None }
+        Way { name: "sh", command: Box::new(command), makes, check: None }
     }
 
     #[test]

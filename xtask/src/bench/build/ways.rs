@@ -135,7 +135,15 @@ fn way(
         command.args(&arguments);
         command
     };
-    Way { name, command: Box::new(command), makes, image }
+    let check = image.map(|image| {
+        let e2fsck = move || {
+            let mut command = Command::new("/sbin/e2fsck");
+            command.arg("-fn").arg(&image);
+            command
+        };
+        Box::new(e2fsck) as Box<dyn Fn() -> Command>
+    });
+    Way { name, command: Box::new(command), makes, check }
 }
 
 /// A size as mke2fs takes it.
