@@ -75,7 +75,7 @@ mod tests {
     fn works(rows: &[(&str, &str, f64, f64)]) -> Works {
         let mut works = Works::new();
         for &(work, way, seconds, kib) in rows {
-            let timing = Timing { seconds: vec![seconds], peak_kib: vec![kib], failure: None };
+            let timing = Timing { seconds: vec![seconds], peak_kib: vec![kib], ..Timing::default() };
             works.entry(work.to_owned()).or_default().insert(way.to_owned(), timing);
         }
         works

@@ -23,6 +23,9 @@ pub(crate) struct Timing {
     pub(crate) seconds: Vec<f64>,
     /// The most memory that its process had at a time (its resident set), KiB.
     pub(crate) peak_kib: Vec<f64>,
+    /// Instructions of a request, where those were counted.
+    #[serde(default)]
+    pub(crate) instructions: Option<f64>,
     /// Why there are no more.
     pub(crate) failure: Option<String>,
 }

@@ -72,7 +72,8 @@ mod tests {
 
     #[test]
     fn a_row_has_a_cell_for_each_way() {
-        let timing = |seconds: f64| Timing { seconds: vec![seconds], peak_kib: vec![2048.0], failure: None };
+        let timing =
+            |seconds: f64| Timing { seconds: vec![seconds], peak_kib: vec![2048.0], ..Timing::default() };
         let work = BTreeMap::from([("vbd".to_owned(), timing(2.0)), ("cat".to_owned(), timing(1.0))]);
         let text = tables(&Works::from([("build/debian".to_owned(), work)]));
         assert!(text.ends_with("| debian | 1.000 (0.50) | - | - | - | 2.000 (1.00) | 2 | 1 |\n"), "{text}");

@@ -21,22 +21,32 @@ pub(super) const TO_ZSTD: &str = "image/convert-raw-to-zstd";
 pub(super) const OPEN: &str = "image/open-10T";
 pub(super) const CLONE: &str = "image/clone-overlay";
 pub(super) const SNAPSHOT: &str = "image/snapshot-1T";
+pub(super) const SCALE: &str = "image/allocating-in-process";
+pub(super) const BITMAP: &str = "image/bitmap-instructions";
 pub(super) const BACKUP: &str = "image/backup-p99";
 /// Options of qemu-img.
 const ZSTD: &[&str] = &["-c", "-o", "compression_type=zstd"];
 /// In the results of [`BACKUP`]: with a backup under way, and without. Seconds that 99 of 100 writes do not exceed.
 pub(super) const ALONE: &str = "alone";
+/// In the results of [`SCALE`].
+pub(super) const ONE_QUEUE: &str = "one queue";
+pub(super) const FOUR_QUEUES: &str = "four queues";
+/// In the results of [`BITMAP`].
+pub(super) const NO_BITMAP: &str = "no bitmap";
+pub(super) const ONE_BITMAP: &str = "one bitmap";
 pub(super) const BESIDE: &str = "beside-backup";
 
 type Part = fn(&Jobs<'_>, &mut Works) -> Result<()>;
 
 pub(super) fn measure(plan: &Plan, dir: &Path, works: &mut Works) -> Result<()> {
     let jobs = Jobs { plan, dir };
-    let parts: [(&[&str], Part); 5] = [
+    let parts: [(&[&str], Part); 7] = [
         (&[TO_QCOW2, TO_RAW, TO_ZSTD], |jobs, works| jobs.convert(works)),
         (&[OPEN], |jobs, works| jobs.open(works)),
         (&[CLONE], |jobs, works| jobs.clone(works)),
         (&[SNAPSHOT], |jobs, works| jobs.snapshot(works)),
+        (&[SCALE], |jobs, works| jobs.scale(works)),
+        (&[BITMAP], |jobs, works| jobs.bitmap(works)),
         (&[BACKUP], |jobs, works| jobs.backup(works)),
     ];
     for (names, part) in parts {
@@ -218,6 +228,62 @@ impl Jobs<'_> {
             ways.push(Way { name, command: Box::new(command), makes: vec![], check: None });
         }
         self.race(SNAPSHOT, ways, works)
+    }
+
+    /// Writes to a new image in memory, by queues in one process, without a front-end.
+    fn scale(&self, works: &mut Works) -> Result<()> {
+        let load = crate::test::build("disk-load", "release")?;
+        let memory = tempfile::Builder::new().prefix("vbd-bench-").tempdir_in("/dev/shm")?;
+        let image = memory.path().join("disk.qcow2");
+        let requests = if self.plan.quick { 4_000 } else { 100_000 };
+        let work = works.entry(SCALE.to_owned()).or_default();
+        work.clear();
+        for _ in 0..self.plan.runs {
+            for (name, queues) in [(ONE_QUEUE, 1), (FOUR_QUEUES, 4)] {
+                qcow2(&image, 256 * GIB, None)?;
+                let mut command = Command::new(&load);
+                command.arg(&image).args(["--format=qcow2", "--json"]);
+                command.arg(format!("--ops={requests}")).arg(format!("--queues={queues}"));
+                let report: Value =
+                    serde_json::from_str(&output(&mut command)?).context("disk-load's JSON")?;
+                let seconds = report["seconds"].as_f64().context("disk-load's JSON lacks a number")?;
+                work.entry(name.to_owned()).or_default().seconds.push(seconds);
+            }
+        }
+        Ok(())
+    }
+
+    /// Instructions of a random write to a raw file in memory, with a bitmap that notes it and without.
+    fn bitmap(&self, works: &mut Works) -> Result<()> {
+        let load = crate::test::build("disk-load", "release")?;
+        let memory = tempfile::Builder::new().prefix("vbd-bench-").tempdir_in("/dev/shm")?;
+        let image = memory.path().join("disk.raw");
+        source(&image, GIB / 16)?;
+        let count = |requests: u64, bitmaps: u32| -> Result<f64> {
+            let out = memory.path().join("callgrind.out");
+            let mut command = Command::new("valgrind");
+            command.arg("--tool=callgrind").arg(format!("--callgrind-out-file={}", out.display()));
+            command
+                .arg(&load)
+                .arg(&image)
+                .arg(format!("--ops={requests}"))
+                .arg(format!("--bitmaps={bitmaps}"));
+            output(&mut command)?;
+            let text = std::fs::read_to_string(&out)?;
+            let total = text
+                .lines()
+                .find_map(|line| line.strip_prefix("summary: ").or(line.strip_prefix("totals: ")));
+            Ok(total.context("callgrind tells no total")?.trim().parse()?)
+        };
+        let work = works.entry(BITMAP.to_owned()).or_default();
+        work.clear();
+        for (name, bitmaps) in [(NO_BITMAP, 0), (ONE_BITMAP, 1)] {
+            // The difference is free of what starting and stopping cost.
+            let (few, many) = (2_000, 22_000);
+            let each = (count(many, bitmaps)? - count(few, bitmaps)?) / (many - few) as f64;
+            work.entry(name.to_owned()).or_default().instructions = Some(each);
+        }
+        Ok(())
     }
 
     /// The latency of a guest's writes, 4 KiB and eight at once, while a full backup runs, and without.

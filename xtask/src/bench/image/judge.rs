@@ -1,6 +1,9 @@
 //! What images that live have to reach.
 
-use super::jobs::{ALONE, BACKUP, BESIDE, CLONE, OPEN, QEMU_IMG, SNAPSHOT, TO_QCOW2, TO_RAW, TO_ZSTD, best};
+use super::jobs::{
+    ALONE, BACKUP, BESIDE, BITMAP, CLONE, FOUR_QUEUES, NO_BITMAP, ONE_BITMAP, ONE_QUEUE, OPEN, QEMU_IMG,
+    SCALE, SNAPSHOT, TO_QCOW2, TO_RAW, TO_ZSTD, best,
+};
 use super::served::{ALLOCATE, ALLOCATE_64K, Loads, OVERLAY, QSD, READ, VBD, VBD_RAW, WRITE};
 use crate::bench::build::Works;
 use crate::bench::targets::{Bound, Verdict, verdict};
@@ -35,6 +38,13 @@ pub(crate) fn judge(loads: &Loads, works: &Works) -> Vec<Verdict> {
     add(OPEN, "from start to served", Bound::AtMost(20.0), milliseconds(OPEN), "ms");
     add(CLONE, "an overlay, the program's start included", Bound::AtMost(10.0), milliseconds(CLONE), "ms");
     add(SNAPSHOT, "the program's start included", Bound::AtMost(100.0), milliseconds(SNAPSHOT), "ms");
+    let found = best(works, SCALE, &[ONE_QUEUE]).zip(best(works, SCALE, &[FOUR_QUEUES]));
+    let found = found.map(|(one, four)| one / four);
+    add(SCALE, "four queues against one, two cores", Bound::AtLeast(1.5), found, "x");
+    let each = |way| works.get(BITMAP)?.get(way)?.instructions;
+    let found =
+        each(ONE_BITMAP).zip(each(NO_BITMAP)).map(|(one, none): (f64, f64)| (one / none - 1.0) * 100.0);
+    add(BITMAP, "of a random write, more with a bitmap", Bound::AtMost(3.0), found, "%");
     let p99 = |way| best(works, BACKUP, &[way]);
     let found = p99(BESIDE).zip(p99(ALONE)).map(|(beside, alone)| beside / alone);
     add(BACKUP, "of a guest's writes, against no backup", Bound::AtMost(2.0), found, "x");

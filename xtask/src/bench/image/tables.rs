@@ -34,6 +34,13 @@ pub(crate) fn tables(loads: &Loads, works: &Works) -> String {
         text += "| | way | seconds | rounds |\n|---|---|---:|---:|\n";
         for (work, ways) in works {
             for (way, timing) in ways {
+                if let Some(count) = timing.instructions {
+                    let _ = writeln!(
+                        text,
+                        "| {} | {way} | {count:.0} instructions | 1 |",
+                        work.trim_start_matches("image/")
+                    );
+                }
                 let Some(median) = seconds(timing) else { continue };
                 let rounds = timing.seconds.len();
                 let _ = writeln!(
