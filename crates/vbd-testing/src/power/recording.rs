@@ -18,6 +18,33 @@ pub(super) struct Entry {
     pub(super) ended: Option<(Instant, i32)>,
 }
 
+impl Entry {
+    /// What it was and where, for messages.
+    fn place(&self) -> (&'static str, std::ops::Range<u64>) {
+        let what = match self.change {
+            Change::Write { .. } => "write",
+            Change::Space { .. } => "fallocate",
+            Change::Length(_) => "length",
+            Change::Sync => "sync",
+        };
+        (what, range(&self.change))
+    }
+}
+
+/// The bytes that a change is about; none of a flush or a length.
+fn range(change: &Change) -> std::ops::Range<u64> {
+    match change {
+        Change::Write { offset, data, .. } => *offset..*offset + data.len() as u64,
+        Change::Space { offset, len, .. } => *offset..*offset + *len,
+        Change::Length(_) | Change::Sync => 0..0,
+    }
+}
+
+fn overlap(one: &Change, other: &Change) -> bool {
+    let (one, other) = (range(one), range(other));
+    one.start < other.end && other.start < one.end
+}
+
 #[derive(Default)]
 pub(super) struct Log {
     /// What each file held at first.
@@ -62,6 +89,44 @@ impl Recording {
     /// Whether all that has begun has ended.
     pub fn is_quiet(&self) -> bool {
         self.log().entries.iter().all(|entry| entry.ended.is_some())
+    }
+
+    /// Changes of one place of one file that were under way at the same time, of which at least one frees or zeroes it: what
+    /// is there afterwards is chance. Of writes alone, a guest may have made them so.
+    pub fn collisions(&self) -> Vec<String> {
+        self.collide(|one, other| {
+            matches!(one.change, Change::Space { .. }) || matches!(other.change, Change::Space { .. })
+        })
+    }
+
+    /// The same for any two changes, where no requests of the guest were.
+    pub fn all_collisions(&self) -> Vec<String> {
+        self.collide(|_, _| true)
+    }
+
+    fn collide(&self, counts: impl Fn(&Entry, &Entry) -> bool) -> Vec<String> {
+        let log = self.log();
+        let mut found = Vec::new();
+        let mut open: Vec<&Entry> = Vec::new();
+        for entry in &log.entries {
+            open.retain(|other| other.ended.is_none_or(|(ended, _)| ended > entry.begun));
+            let together = open.iter().filter(|other| {
+                other.file == entry.file && overlap(&other.change, &entry.change) && counts(other, entry)
+            });
+            found.extend(together.map(|other| format!("{:?} and {:?}", other.place(), entry.place())));
+            open.push(entry);
+        }
+        found
+    }
+
+    /// The ranges that were written at least once, as offset and bytes, in order of time.
+    pub fn writes(&self) -> Vec<(u64, Vec<u8>)> {
+        let log = self.log();
+        let writes = log.entries.iter().filter_map(|entry| match &entry.change {
+            Change::Write { offset, data, .. } => Some((*offset, data.clone())),
+            _ => None,
+        });
+        writes.collect()
     }
 
     pub(super) fn log(&self) -> std::sync::MutexGuard<'_, Log> {

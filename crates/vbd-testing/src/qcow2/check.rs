@@ -26,7 +26,7 @@ struct Counting<'a> {
 impl Image<'_> {
     /// Counts what refers to each cluster and compares.
     pub fn check(&self) -> Report {
-        let clusters = (self.raw().len() as u64).div_ceil(self.cluster());
+        let clusters = (self.bytes().len() as u64).div_ceil(self.cluster());
         let mut counting = Counting {
             image: self,
             references: vec![0; clusters as usize],
@@ -121,7 +121,9 @@ impl Counting<'_> {
     fn blocks(&self) -> Result<Vec<u64>> {
         let header = &self.image.header;
         let entries = u64::from(header.refcount_table_clusters) * self.image.cluster() / 8;
-        (0..entries).map(|index| u64_at(self.image.raw(), header.refcount_table_offset + index * 8)).collect()
+        (0..entries)
+            .map(|index| u64_at(self.image.bytes(), header.refcount_table_offset + index * 8))
+            .collect()
     }
 
     fn bitmaps(&mut self) -> Result<()> {
@@ -174,7 +176,7 @@ impl Counting<'_> {
             match mapping {
                 Mapping::Compressed { host, sectors } => {
                     let len = host / 512 * 512 + sectors * 512 - host;
-                    let inside = len.min((image.raw().len() as u64).saturating_sub(host));
+                    let inside = len.min((image.bytes().len() as u64).saturating_sub(host));
                     self.data(host, inside.max(1), false);
                 }
                 Mapping::Standard { subclusters: Some(bits), .. }
@@ -251,7 +253,7 @@ impl Counting<'_> {
         if index / entries >= table {
             return Ok(0);
         }
-        let raw = self.image.raw();
+        let raw = self.image.bytes();
         let block = u64_at(raw, header.refcount_table_offset + index / entries * 8)? & !511;
         if block == 0 {
             return Ok(0);

@@ -93,7 +93,8 @@ impl<'a> Image<'a> {
         self.header.incompatible & bit != 0
     }
 
-    pub(super) fn raw(&self) -> &'a [u8] {
+    /// All of the file.
+    pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
