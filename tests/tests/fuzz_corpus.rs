@@ -25,6 +25,7 @@ const TARGETS: &[Target] = &[
     ("qcow2_structures", vbd_qcow2::format::fuzz::structures),
     ("sidecar", vbd_image::sidecar::fuzz),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
+    ("vhd", vbd_vhd::fuzz),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),
     ("virtqueue_request", vbd_vhost_user::fuzz_virtqueue),
     ("xen_ring", vbd_xen::fuzz_ring),
