@@ -62,3 +62,8 @@ fn lines_of_domain_files_as_they_always_were() -> Result<()> {
 fn a_driver_domain_serves_another_domain() -> Result<()> {
     case("driver")
 }
+
+#[test]
+fn disks_that_were_built_start_by_pygrub() -> Result<()> {
+    case("pygrub")
+}
