@@ -12,6 +12,7 @@ type Target = (&'static str, fn(&[u8]));
 const TARGETS: &[Target] = &[
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
+    ("cpio", |bytes| drop(vbd_fs::cpio::check(bytes))),
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
     ("ext4_check", vbd_ext4::check::fuzz::check),
     ("ext4_edit", vbd_ext4::edit::fuzz::edit),
@@ -24,6 +25,7 @@ const TARGETS: &[Target] = &[
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("qcow2_structures", vbd_qcow2::format::fuzz::structures),
     ("sidecar", vbd_image::sidecar::fuzz),
+    ("squashfs", vbd_fs::squashfs::fuzz),
     ("tar", |bytes| drop(vbd_fs::tar::check(bytes))),
     ("vhd", vbd_vhd::fuzz),
     ("virtqueue_inflight", vbd_vhost_user::fuzz_inflight),

@@ -53,7 +53,7 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 27] = [
+const NEEDS: [Need; 29] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
     need(Sign::Program("fakeroot"), "fakeroot", "owners in ext2 and ext3 without being root"),
@@ -83,7 +83,9 @@ const NEEDS: [Need; 27] = [
         "a boot loader for them",
     ),
     need(Sign::Program("debootstrap"), "debootstrap", "the domain 0 of the machine with Xen"),
-    need(Sign::Program("cpio"), "cpio", "the first filesystems of domains"),
+    need(Sign::Program("cpio"), "cpio", "archives to build from, the first filesystems of domains"),
+    need(Sign::Program("bsdtar"), "libarchive-tools", "archives to build from"),
+    need(Sign::Program("mksquashfs"), "squashfs-tools", "squashfs to build from"),
     need(Sign::Program("strip"), "binutils", "a command that is quick to load there"),
 ];
 

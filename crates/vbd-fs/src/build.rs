@@ -287,7 +287,7 @@ fn open(
             let stdin = remote::stdin()?;
             if std::io::IsTerminal::is_terminal(&stdin) {
                 return Err(Error::Invalid(
-                    "the source is a tar on standard input, which is a terminal".to_owned(),
+                    "the source is an archive on standard input, which is a terminal".to_owned(),
                 ));
             }
             no_exclude(options)?;

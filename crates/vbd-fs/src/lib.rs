@@ -4,10 +4,12 @@
 //! them, and tailoring edits a [`Root`]. For ext4 both are a plan, a tree in memory, which is then written in one pass.
 //! For ext2 and ext3 both are a staging tree, a real directory, that `mke2fs -d` reads.
 
+mod archive;
 mod bootstrap;
 mod build;
 mod builder;
 mod compress;
+pub mod cpio;
 mod digest;
 mod disk;
 mod entry;
@@ -25,6 +27,7 @@ mod seed;
 mod size;
 mod source;
 mod spec;
+pub mod squashfs;
 mod stage;
 mod staging;
 mod sys;

@@ -11,15 +11,15 @@ use crate::oci::{ImageRef, ImageStore};
 
 /// Where the tree of a new filesystem comes from.
 ///
-/// As text: `-` for a tar on standard input, `debian:SUITE`, `ubuntu:SUITE`, `oci:DIRECTORY[:NAME]` and
+/// As text: `-` for an archive on standard input, `debian:SUITE`, `ubuntu:SUITE`, `oci:DIRECTORY[:NAME]` and
 /// `docker-archive:FILE[:NAME]` for container images, and anything else is the path of a
-/// directory or a tar (write `./debian:x` for a file of that name).
+/// directory or an archive (write `./debian:x` for a file of that name).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Source {
-    /// A directory, or a tar that may be compressed with gzip, xz or zstd.
+    /// A directory, a tar or cpio that may be compressed with gzip, xz or zstd, or a squashfs.
     Path(PathBuf),
-    /// A tar on standard input.
+    /// An archive on standard input.
     Stdin,
     /// A container image in a layout directory or an archive.
     Image(ImageRef),
@@ -57,7 +57,7 @@ impl FromStr for Source {
     fn from_str(text: &str) -> Result<Source, Error> {
         if text.is_empty() || text.contains('\0') {
             return Err(Error::Invalid(
-                "the source is empty: name a directory, a tar, - or debian:SUITE".to_owned(),
+                "the source is empty: name a directory, an archive, - or debian:SUITE".to_owned(),
             ));
         }
         if text == "-" {

@@ -23,17 +23,15 @@ use vbd_ext4::format::Timestamp;
 use vbd_ext4::write::{Journal, Layout, Settings, WriteError, Writer};
 use vbd_image::size::Human;
 
+use crate::archive::Archive;
 use crate::entry::{Meta, Time};
 use crate::error::Context;
 use crate::meter::Room;
 use crate::plan::{BLOCK, Gather, Limit, Plan};
 use crate::spec::{JournalSize, Sharing};
 use crate::tailor::Root as _;
-use crate::tar::{self, NamedAcl};
-use crate::watched::Watched;
-use crate::{
-    BuildSpec, Counts, Error, Filesystem, ImageSize, Progress, Result, Shortage, Step, Tailor, compress, oci,
-};
+use crate::tar::NamedAcl;
+use crate::{BuildSpec, Counts, Error, Filesystem, ImageSize, Progress, Result, Shortage, Step, Tailor, oci};
 
 pub(crate) use base::Base;
 use copy::{Way, copy};
@@ -74,7 +72,7 @@ pub(crate) struct Making<'a> {
 /// What it is made from.
 pub(crate) enum Input {
     Directory(Base, Unwanted),
-    /// A tar with its name for messages.
+    /// A tar, cpio or squashfs with its name for messages.
     Archive(String, File),
     /// A container image.
     Image(oci::Image),
@@ -236,9 +234,9 @@ impl<'a> Maker<'a> {
             }
             Input::Archive(name, file) => {
                 progress.step(Step::Read, None);
-                let mut reader = compress::open(Watched { file, cancel: progress.cancel() }, &name)?;
                 let mut gather = Gather::new(plan, store, None, limit, making.now);
-                let named = tar::unpack(&mut reader, &name, &mut gather, progress)?;
+                let archive = Archive { name: &name, file, scratch: making.scratch };
+                let named = archive.unpack(&mut gather, progress)?;
                 gather.contents.flush()?;
                 if gather.beyond == (0, 0) && !gather.contents.is_full() {
                     name_acls(&named, &name, &mut gather)?;

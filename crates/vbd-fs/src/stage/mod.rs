@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::archive::Archive;
 use crate::builder::{Builder, Format, Mke2fs, is_full};
 use crate::error::Context;
 use crate::meter::{Count, Geometry, Meter, Room};
@@ -22,8 +23,7 @@ use crate::tailor::{Root, TreeRoot};
 use crate::tar::NamedAcl;
 use crate::tree::Tree;
 use crate::walk::Walk;
-use crate::watched::Watched;
-use crate::{Counts, Error, Progress, Result, Shortage, Step, Tailor, compress, tar};
+use crate::{Counts, Error, Progress, Result, Shortage, Step, Tailor};
 
 /// What a stage has to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -48,7 +48,7 @@ pub(crate) enum From {
         skip: Vec<(u64, u64)>,
         live: bool,
     },
-    /// A tar, with its name for messages; its bytes come apart.
+    /// A tar, cpio or squashfs, with its name for messages; its bytes come apart.
     Archive(String),
 }
 
@@ -117,9 +117,9 @@ impl<'a> Stage<'a> {
                 let file =
                     archive.ok_or_else(|| Error::Invalid(format!("{name}: there is nothing to read")))?;
                 progress.step(Step::Read, None);
-                let mut reader = compress::open(Watched { file, cancel: progress.cancel() }, name)?;
                 let mut tree = self.tree()?;
-                let named = tar::unpack(&mut reader, name, &mut tree, progress)?;
+                let archive = Archive { name, file, scratch: self.staging.path() };
+                let named = archive.unpack(&mut tree, progress)?;
                 self.name_acls(&named, name, &mut tree)?;
                 tree.finish()?
             }

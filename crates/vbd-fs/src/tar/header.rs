@@ -82,7 +82,7 @@ impl<'a> Members<'a> {
             let header = Header::from_byte_slice(&block);
             if !sum_is_right(header, &block) {
                 let reason = match self.count {
-                    0 => "is no tar, nor one compressed with gzip, xz or zstd",
+                    0 => "is no tar, cpio or squashfs, nor one compressed with gzip, xz or zstd",
                     _ => "is damaged: a header's checksum is wrong",
                 };
                 return Err(bad(b"", reason));

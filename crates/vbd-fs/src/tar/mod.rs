@@ -11,8 +11,9 @@ mod input;
 mod pax;
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::archive::{about, damaged};
 use crate::entry::{Counts, Entry, Meta, Node, Sink, Special, Time, Xattr};
 use crate::fill::Discard;
 use crate::plan::{Gather, Limit, Plan};
@@ -105,36 +106,10 @@ pub(crate) fn unpack(
         if let Some(reason) = members.input().failure() {
             return Err(damaged(archive, &path, reason));
         }
-        added.map_err(|e| match e {
-            Error::Source { reason, .. } => damaged(archive, &path, reason),
-            Error::Io { error, .. } if is_about_the_entry(&error) => {
-                damaged(archive, &path, format!("cannot be made: {error}"))
-            }
-            other => other,
-        })?;
+        added.map_err(|e| about(e, archive, &path))?;
         let acl = |(attribute, text)| NamedAcl { path: path.clone(), attribute, text };
         named.extend(named_acls.into_iter().map(acl));
     }
-}
-
-/// Whether a call failed for what the entry says, rather than for the machine's state.
-fn is_about_the_entry(error: &std::io::Error) -> bool {
-    let its_own = [
-        libc::ENOENT,
-        libc::ENOTDIR,
-        libc::EISDIR,
-        libc::ENOTEMPTY,
-        libc::EEXIST,
-        libc::ENAMETOOLONG,
-        libc::EINVAL,
-        libc::EFBIG,
-        libc::EMLINK,
-    ];
-    error.raw_os_error().is_some_and(|e| its_own.contains(&e))
-}
-
-fn damaged(archive: &str, entry: &Path, reason: String) -> Error {
-    Error::Archive { archive: archive.to_owned(), entry: entry.display().to_string(), reason }
 }
 
 /// Reads a tar to its end and counts what is in it, writing nothing. For checking an archive, and for fuzzing: it must

@@ -6,6 +6,7 @@ mod image;
 mod interrupted;
 mod kernel;
 mod oci;
+mod packed;
 mod properties;
 mod refusals;
 mod room;

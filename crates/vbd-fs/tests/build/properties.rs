@@ -93,6 +93,31 @@ proptest! {
         let _ = check(&bytes[..]);
     }
 
+    /// Archives that were packed by others, with a few bytes replaced or cut off.
+    #[test]
+    fn any_packed_tree_is_read_or_refused(
+        kind in prop::sample::select(vec!["cpio", "squashfs"]),
+        which in any::<prop::sample::Index>(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        end in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let kept = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(kind);
+        let mut all: Vec<_> = std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap().path()).collect();
+        all.sort();
+        let mut bytes = std::fs::read(which.get(&all)).unwrap();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Some(end) = end {
+            bytes.truncate(end.index(bytes.len()));
+        }
+        match kind {
+            "cpio" => drop(vbd_fs::cpio::check(&bytes[..])),
+            _ => vbd_fs::squashfs::fuzz(&bytes),
+        }
+    }
+
     /// Layers with whiteouts and links between the names of other layers: a tree comes out, or an error.
     #[test]
     fn any_layers_are_applied_or_refused(layers in (layers(), layers())) {

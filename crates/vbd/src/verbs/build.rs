@@ -30,8 +30,9 @@ pub(crate) struct Args {
     /// With --size auto, an error where more is needed
     #[arg(long, value_name = "SIZE")]
     max_size: Option<Size>,
-    /// What to fill it with: a directory, a tar (plain, gz, xz, zst), - for a tar on standard input, debian:SUITE or
-    /// ubuntu:SUITE, or a container image as oci:DIRECTORY or docker-archive:FILE (and :NAME of several)
+    /// What to fill it with: a directory, a tar or cpio (plain, gz, xz, zst), a squashfs, - for one of these on standard
+    /// input, debian:SUITE or ubuntu:SUITE, or a container image as oci:DIRECTORY or docker-archive:FILE (and :NAME of
+    /// several)
     #[arg(long, value_name = "SOURCE", allow_hyphen_values = true)]
     from: Source,
     /// Replace an existing file
