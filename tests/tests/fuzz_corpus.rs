@@ -10,6 +10,7 @@ use vbd_testing::corpus;
 type Target = (&'static str, fn(&[u8]));
 
 const TARGETS: &[Target] = &[
+    ("backup_manifest", vbd_jobs::backup::fuzz_manifest),
     ("config_toml", config::fuzz::toml),
     ("config_xl", config::fuzz::xl),
     ("cpio", |bytes| drop(vbd_fs::cpio::check(bytes))),

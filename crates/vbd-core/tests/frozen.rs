@@ -83,6 +83,7 @@ fn whole(store: Arc<Backend>) -> Freeze<'static> {
         retire: false,
         start: None,
         block: BLOCK,
+        widen: 0,
         store,
         limit: u64::MAX,
         longest_delay: Duration::from_secs(30),

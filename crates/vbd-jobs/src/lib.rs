@@ -2,6 +2,7 @@
 //!
 //! Jobs block and run on the caller's threads; [`Image`] opens a disk for them, with a reactor of its own.
 
+pub mod backup;
 mod compare;
 mod convert;
 mod copy;

@@ -23,6 +23,8 @@ pub struct Freeze<'a> {
     pub start: Option<(&'a str, u64, bool)>,
     /// The bytes that are copied away at once before a write: a power of two.
     pub block: u64,
+    /// What is wanted is widened to whole multiples of this many bytes, for readers that take no less.
+    pub widen: u64,
     /// A file of the disk's size at least that reads as zeroes, for what is copied away.
     pub store: Arc<Backend>,
     /// The most bytes that may lie in the store.
@@ -99,7 +101,13 @@ impl Frozen {
             return Err(failed(error));
         }
         match &old {
-            Some(old) => todo.merge(&old.bitmap),
+            Some(old) => {
+                let widen = freeze.widen.max(1);
+                for run in old.bitmap.runs(0..geometry.size) {
+                    let start = run.start / widen * widen;
+                    todo.mark(start, run.end.next_multiple_of(widen) - start);
+                }
+            }
             None => todo.mark_all(),
         }
         if let Some(old) = old.as_ref().filter(|old| !freeze.retire && old.enabled)

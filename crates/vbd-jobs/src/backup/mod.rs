@@ -1,0 +1,11 @@
+//! Backups: a disk as it was at one instant, in a store that many backups share, or compared with the one before.
+
+mod manifest;
+mod restore;
+mod run;
+mod store;
+
+pub use manifest::{About, Hash, Manifest, ManifestError, fuzz as fuzz_manifest};
+pub use restore::{Checked, restore, verify};
+pub use run::{Backup, Cost, Done, Since, backup};
+pub use store::{Adding, Listed, Store, Use};
