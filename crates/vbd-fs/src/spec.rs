@@ -7,8 +7,9 @@ use std::str::FromStr;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use vbd_image::size::Size;
+use vbd_image::size::{Human, Size};
 
+use crate::disk::swap;
 use crate::{DiskSpec, Error, ImageSize, Result, Source, Tailor, Time};
 
 /// A filesystem that can be made.
@@ -138,6 +139,9 @@ pub struct BuildSpec {
     /// Leave out what GRUB before 2.12 cannot read (metadata_csum_seed). Of ext4.
     #[serde(default)]
     pub for_old_grub: bool,
+    /// The size of a file for swapping, `/swapfile`, with a line in `/etc/fstab`; there is none where not given. Of ext4.
+    #[serde(default, deserialize_with = "read_swap_file")]
+    pub swap_file: Option<Size>,
     /// Whether the image shares blocks with the source, where both are on one filesystem that can. Of ext4.
     #[serde(default)]
     pub reflink: Sharing,
@@ -188,6 +192,7 @@ impl BuildSpec {
             root_owner: None,
             orphan_file: false,
             for_old_grub: false,
+            swap_file: None,
             reflink: Sharing::Auto,
             skip_unreadable: false,
             mkfs_args: Vec::new(),
@@ -215,6 +220,7 @@ impl BuildSpec {
         self.bytes_per_inode.as_ref().map_or(Ok(()), check_ratio)?;
         self.mount_options.as_ref().map_or(Ok(()), check_mount_options)?;
         self.root_mode.as_ref().map_or(Ok(()), check_mode)?;
+        self.swap_file.as_ref().map_or(Ok(()), check_swap_file)?;
         self.check_filesystem()?;
         self.components.iter().chain(&self.packages).try_for_each(|word| check_word(word))?;
         self.mirror.as_deref().map_or(Ok(()), check_mirror)?;
@@ -249,6 +255,7 @@ impl BuildSpec {
             (self.root_owner.is_some(), "root-owner"),
             (self.orphan_file, "orphan-file"),
             (self.for_old_grub, "for-old-grub"),
+            (self.swap_file.is_some(), "swap-file"),
             (self.reflink != Sharing::Auto, "reflink"),
             (self.skip_unreadable, "skip-unreadable"),
         ];
@@ -317,6 +324,14 @@ fn check_mode(mode: &u32) -> Result<()> {
     Ok(())
 }
 
+fn check_swap_file(size: &Size) -> Result<()> {
+    if !(swap::SMALLEST..=swap::LARGEST).contains(&size.bytes()) {
+        let (least, most) = (Human(swap::SMALLEST), Human(swap::LARGEST));
+        return invalid(format!("{}: a swap file has {least} at least and {most} at most", size.human()));
+    }
+    Ok(())
+}
+
 fn check_mirror(mirror: &str) -> Result<()> {
     if mirror.is_empty() || mirror.starts_with('-') {
         return invalid("the mirror is empty, or starts with a dash".to_owned());
@@ -359,6 +374,10 @@ fn read_mount_options<'de, D: Deserializer<'de>>(
 
 fn read_mode<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u32>, D::Error> {
     read(deserializer, check_mode)
+}
+
+fn read_swap_file<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Size>, D::Error> {
+    read(deserializer, check_swap_file)
 }
 
 fn read_mirror<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {

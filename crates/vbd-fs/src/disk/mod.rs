@@ -9,7 +9,7 @@ pub(crate) mod kernels;
 mod place;
 mod plan;
 mod spec;
-mod swap;
+pub(crate) mod swap;
 mod tree;
 
 pub use build::PartitionReport;

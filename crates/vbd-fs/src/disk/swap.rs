@@ -11,13 +11,21 @@ const PAGE: usize = 4096;
 /// The smallest swap space, in bytes: ten pages, as mkswap has it.
 pub(crate) const SMALLEST: u64 = 10 * PAGE as u64;
 
-/// Writes the header of a swap space of `size` bytes that begins at `start`. A kernel with larger pages does not take
-/// it: x86-64 and most systems on ARM have 4 KiB.
+/// The most that a header can say, in bytes.
+pub(crate) const LARGEST: u64 = PAGE as u64 * u32::MAX as u64;
+
+/// Writes the header of a swap space of `size` bytes that begins at `start`.
 ///
 /// # Errors
 ///
 /// Those of writing.
 pub(crate) fn write(file: &File, start: u64, size: u64, uuid: Guid, label: Option<&str>) -> io::Result<()> {
+    file.write_all_at(&header(size, uuid, label), start)
+}
+
+/// The first page of a swap space of `size` bytes. A kernel with larger pages does not take it: x86-64 and most systems on
+/// ARM have 4 KiB.
+pub(crate) fn header(size: u64, uuid: Guid, label: Option<&str>) -> [u8; PAGE] {
     let mut page = [0; PAGE];
     let pages = size / PAGE as u64;
     let last = u32::try_from(pages.saturating_sub(1)).unwrap_or(u32::MAX);
@@ -28,5 +36,5 @@ pub(crate) fn write(file: &File, start: u64, size: u64, uuid: Guid, label: Optio
     let length = label.len().min(16);
     page[1052..1052 + length].copy_from_slice(&label[..length]);
     page[PAGE - 10..].copy_from_slice(b"SWAPSPACE2");
-    file.write_all_at(&page, start)
+    page
 }

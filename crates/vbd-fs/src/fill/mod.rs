@@ -13,6 +13,7 @@ mod room;
 mod scan;
 mod share;
 mod store;
+mod swap;
 mod verify;
 
 use std::collections::HashMap;
@@ -227,9 +228,8 @@ impl<'a> Maker<'a> {
             Input::Directory(base, unwanted) => {
                 progress.step(Step::Measure, None);
                 let warnings = scan::scan(&base, &unwanted, &mut plan, self.threads(), progress)?;
-                progress.step(Step::Tailor, None);
                 let mut gather = Gather::new(plan, store, Some(&base), limit, making.now);
-                making.tailor.apply(&mut gather, Filesystem::Ext4)?;
+                self.tailor(&mut gather, progress)?;
                 (gather.plan, warnings, Some(base), (0, 0))
             }
             Input::Archive(name, file) => {
@@ -240,8 +240,7 @@ impl<'a> Maker<'a> {
                 gather.contents.flush()?;
                 if gather.beyond == (0, 0) && !gather.contents.is_full() {
                     name_acls(&named, &name, &mut gather)?;
-                    progress.step(Step::Tailor, None);
-                    making.tailor.apply(&mut gather, Filesystem::Ext4)?;
+                    self.tailor(&mut gather, progress)?;
                 }
                 (gather.plan, Vec::new(), None, gather.beyond)
             }
@@ -251,8 +250,7 @@ impl<'a> Maker<'a> {
                 gather.contents.flush()?;
                 if gather.beyond == (0, 0) && !gather.contents.is_full() {
                     name_acls(&named, "the image", &mut gather)?;
-                    progress.step(Step::Tailor, None);
-                    making.tailor.apply(&mut gather, Filesystem::Ext4)?;
+                    self.tailor(&mut gather, progress)?;
                 }
                 (gather.plan, Vec::new(), None, gather.beyond)
             }
@@ -270,6 +268,14 @@ impl<'a> Maker<'a> {
             return Err(Error::Interrupted);
         }
         Ok(Gathered { plan, warnings, base, beyond })
+    }
+
+    /// Makes the changes that were asked for.
+    fn tailor(&self, gather: &mut Gather<'_>, progress: &mut dyn Progress) -> Result<()> {
+        progress.step(Step::Tailor, None);
+        self.making.tailor.apply(gather, Filesystem::Ext4)?;
+        let size = self.making.spec.swap_file;
+        size.map_or(Ok(()), |size| swap::add(gather, size.bytes(), self.making.now))
     }
 
     fn threads(&self) -> usize {
@@ -334,6 +340,7 @@ impl<'a> Maker<'a> {
         progress.step(Step::Read, Some(plan.counts().bytes));
         let way = Way { base: base.as_ref(), spool: spool.as_ref(), threads: self.threads(), share };
         warnings.extend(copy(&mut plan, &way, &mut store, progress)?);
+        swap::place(&mut plan, &mut store)?;
         let full = |plan: &Plan, missing| -> Error {
             match room::of(plan, &layout) {
                 Ok(needs) => {

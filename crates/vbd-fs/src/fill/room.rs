@@ -55,11 +55,15 @@ fn node_blocks(plan: &Plan, layout: &Layout, node: NodeId, needs: &mut Needs) {
         Body::Directory(_) => return,
         Body::Symlink(target) => u64::from(plan.text(*target).len() > FAST_LINK),
         Body::Device { .. } => 0,
+        Body::File { size, data: Data::Reserved(_) } => {
+            let blocks = size.div_ceil(BLOCK);
+            blocks + measure::extent_blocks(layout, 1 + blocks / 16384)
+        }
         Body::File { size, data } => {
             let blocks = match data {
                 Data::Origin(origin) => plan.origin(*origin).stored.min(*size).div_ceil(BLOCK),
                 Data::Bytes(bytes) => (bytes.len() as u64).div_ceil(BLOCK),
-                Data::Hole => 0,
+                Data::Hole | Data::Reserved(_) => 0,
                 Data::Placed(runs) | Data::Spooled(runs) => {
                     runs.as_slice().iter().map(|run| u64::from(run.count)).sum()
                 }

@@ -120,6 +120,19 @@ impl<'a> Gather<'a> {
         Ok(())
     }
 
+    /// Makes a file in the root that has blocks from its start to its end: `start`, and zeros. One of that name gives way.
+    ///
+    /// # Errors
+    ///
+    /// When a directory with something in it has the name.
+    pub(crate) fn reserve(&mut self, name: &str, meta: Meta, size: u64, start: &[u8]) -> Result<()> {
+        let root = self.plan.root();
+        self.make_way(root, name.as_bytes(), Path::new(name))?;
+        let body = Body::File { size, data: Data::Reserved(start.into()) };
+        self.plan.add(root, name.as_bytes(), meta, &[], body)?;
+        Ok(())
+    }
+
     /// Counts an entry that is not kept.
     fn count(&mut self, entry: Entry<'_>, progress: &mut dyn Progress) -> Result<()> {
         let Entry { path, node, xattrs, .. } = entry;

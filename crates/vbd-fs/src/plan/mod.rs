@@ -281,6 +281,7 @@ impl Plan {
         match data {
             Data::Hole => 0,
             Data::Bytes(bytes) => bytes.len() as u64,
+            Data::Reserved(_) => size,
             Data::Origin(origin) => self.origin(*origin).stored.min(size),
             Data::Placed(_) | Data::Spooled(_) => {
                 let runs = data.runs().iter();

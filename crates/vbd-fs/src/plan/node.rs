@@ -72,6 +72,8 @@ pub(crate) enum Data {
     Placed(Runs),
     /// In blocks of the file that waits for the image's size.
     Spooled(Runs),
+    /// In blocks from its start to its end, which are given out after all others: these bytes, and zeros.
+    Reserved(Box<[u8]>),
 }
 
 impl Data {
@@ -79,7 +81,7 @@ impl Data {
     pub(crate) fn runs(&self) -> &[Run] {
         match self {
             Data::Placed(runs) | Data::Spooled(runs) => runs.as_slice(),
-            Data::Hole | Data::Bytes(_) | Data::Origin(_) => &[],
+            Data::Hole | Data::Bytes(_) | Data::Origin(_) | Data::Reserved(_) => &[],
         }
     }
 }

@@ -113,7 +113,7 @@ impl Gather<'_> {
                 source.open_file(&path)?.take(TEXT).read_to_end(&mut content)?;
                 Ok(Some(content))
             }
-            (Data::Origin(_), None) => Ok(None),
+            (Data::Origin(_), None) | (Data::Reserved(_), _) => Ok(None),
             (Data::Placed(_) | Data::Spooled(_), _) => self.contents.read(data, size).map(Some),
         }
     }

@@ -29,9 +29,26 @@ pub(super) fn text(mounts: &[Mount], filesystem: Filesystem) -> String {
     text
 }
 
+/// The text with a line for a file that is swapped to, unless it has one for that path.
+pub(super) fn with_swap_file(text: &str, path: &str) -> String {
+    if text.lines().any(|line| line.split_whitespace().next() == Some(path)) {
+        return text.to_owned();
+    }
+    let end = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    format!("{text}{end}{path}\tnone\tswap\tsw\t0\t0\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_swap_file_has_one_line() {
+        let once = with_swap_file("LABEL=x / ext4", "/swapfile");
+        assert_eq!(once, "LABEL=x / ext4\n/swapfile\tnone\tswap\tsw\t0\t0\n");
+        assert_eq!(with_swap_file(&once, "/swapfile"), once);
+        assert_eq!(with_swap_file("#/swapfile\n", "/swapfile").lines().count(), 2);
+    }
 
     #[test]
     fn the_root_is_checked_first() {

@@ -94,6 +94,17 @@ impl Tailor {
     }
 }
 
+/// Adds a line for a file that is swapped to, unless fstab has one.
+///
+/// # Errors
+///
+/// As [`Tailor::apply`].
+pub(crate) fn add_swap_file(root: &mut dyn Root, path: &str) -> Result<()> {
+    let old = text(root, "/etc/fstab")?.unwrap_or_default();
+    let new = fstab::with_swap_file(&old, path);
+    if new == old { Ok(()) } else { put(root, "/etc/fstab", new.as_bytes(), 0o644) }
+}
+
 /// Writes a whole file: with the attributes it has, or as root's with `mode`.
 fn put(root: &mut dyn Root, path: &str, data: &[u8], mode: u32) -> Result<()> {
     let found = root.look(path)?;

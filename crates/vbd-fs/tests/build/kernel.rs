@@ -246,3 +246,66 @@ fn blocks_are_shared_on_xfs() {
 fn blocks_are_shared_on_btrfs() {
     shares("kernel::blocks_are_shared_on_btrfs", &["mkfs.btrfs", "-q"]);
 }
+
+/// A build with a file of 48 MiB for swapping, checked, for which blocks were to be given out in several groups.
+fn with_swap_file(scratch: &Scratch, change: impl Fn(&mut BuildOptions)) -> PathBuf {
+    let (tree, file) = (scratch.path("tree"), scratch.path("disk"));
+    if !tree.exists() {
+        fs::create_dir_all(tree.join("etc")).unwrap();
+        fs::write(tree.join("etc/fstab"), "LABEL=root / ext4 defaults 0 1").unwrap();
+        // That of the machine that the tree comes from, with holes.
+        fs::File::create(tree.join("swapfile")).unwrap().set_len(1 << 40).unwrap();
+    }
+    let mut options = BuildOptions { verify: true, force: true, ..options(256 * MIB, &tree) };
+    options.spec.swap_file = Some("49155K".parse().unwrap());
+    change(&mut options);
+    build(&file, &options).unwrap();
+    image::check(&file);
+    let entry = image::entry(&file, "/swapfile");
+    assert_eq!((entry.kind, entry.mode), ('f', 0o600));
+    let size = String::from_utf8(image::debugfs(&file, "stat /swapfile")).unwrap();
+    assert!(size.contains("Size: 50331648"), "{size}");
+    // Every block is there, and written.
+    assert!(size.contains("Blockcount: 98304") && !size.contains("[u]"), "{size}");
+    let fstab = "LABEL=root / ext4 defaults 0 1\n/swapfile\tnone\tswap\tsw\t0\t0\n";
+    assert_eq!(image::cat(&file, "/etc/fstab"), fstab);
+    // In the image they are holes.
+    assert!(fs::metadata(&file).unwrap().blocks() * 512 < 30 * MIB);
+    file
+}
+
+#[test]
+fn the_kernel_swaps_to_the_file_that_was_made_for_it() {
+    use vbd_fs::{ImageSize, Spare};
+
+    let scratch = Scratch::new();
+    with_swap_file(&scratch, |options| {
+        options.time = Some(vbd_fs::Time { seconds: 1_600_000_000, nanoseconds: 0 })
+    });
+    let auto = ImageSize::Auto { spare: Spare::Bytes(0), minimum: None, maximum: None };
+    let smallest = with_swap_file(&scratch, |options| options.size = auto);
+    let length = fs::metadata(&smallest).unwrap().len();
+    assert!((49 * MIB..58 * MIB).contains(&length), "{length}");
+    let mut options = options(32 * MIB, &scratch.path("tree"));
+    options.spec.swap_file = Some("49152K".parse().unwrap());
+    let error = build(&scratch.path("small"), &options).unwrap_err().to_string();
+    assert!(error.contains("not enough room") && error.contains("would do"), "{error}");
+    if !is_root() {
+        return;
+    }
+    with_own_mounts("kernel::the_kernel_swaps_to_the_file_that_was_made_for_it", || {
+        let scratch = Scratch::new();
+        let file = with_swap_file(&scratch, |_| {});
+        let mounted = Mounted::new(&file, scratch.path("mounted"), "loop");
+        let swap = mounted.0.join("swapfile");
+        let on = Command::new("swapon").arg(&swap).output().unwrap();
+        let listed = fs::read_to_string("/proc/swaps").unwrap();
+        if on.status.success() {
+            assert!(Command::new("swapoff").arg(&swap).status().unwrap().success());
+        }
+        assert!(on.status.success(), "{}", String::from_utf8_lossy(&on.stderr));
+        let line = listed.lines().find(|line| line.contains("swapfile")).unwrap();
+        // In KiB, without the header's page.
+        assert_eq!(line.split_whitespace().nth(2), Some("49148"), "{line}");
+    });
+}

@@ -68,11 +68,13 @@ fn what_another_filesystem_has_is_refused() {
     let scratch = Scratch::new();
     let tree = tree(&scratch);
     type Change = fn(&mut BuildOptions);
-    let cases: [(Filesystem, Change, &str); 5] = [
+    let cases: [(Filesystem, Change, &str); 7] = [
         (Filesystem::Ext4, |o| o.spec.mkfs_args = vec!["-v".to_owned()], "no mke2fs makes ext4"),
         (Filesystem::Ext2, |o| o.spec.orphan_file = true, "orphan-file is for ext4, not for ext2"),
         (Filesystem::Ext3, |o| o.spec.skip_unreadable = true, "skip-unreadable is for ext4"),
         (Filesystem::Ext3, |o| o.size = auto(Spare::Bytes(0)), "ext3 needs a size"),
+        (Filesystem::Ext2, |o| o.spec.swap_file = Some("1M".parse().unwrap()), "swap-file is for ext4"),
+        (Filesystem::Ext4, |o| o.spec.swap_file = Some("36K".parse().unwrap()), "a swap file has"),
         (Filesystem::Ext4, |o| o.spec.root_mode = Some(0o10000), "permission bits"),
     ];
     for (filesystem, change, expected) in cases {

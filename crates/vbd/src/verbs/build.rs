@@ -93,6 +93,9 @@ struct FilesystemArgs {
     /// Leave out what GRUB before 2.12 cannot read
     #[arg(long)]
     for_old_grub: bool,
+    /// Make a file for swapping of this size, /swapfile, with a line in /etc/fstab
+    #[arg(long, value_name = "SIZE")]
+    swap_file: Option<Size>,
     /// Share blocks with the source where the host's filesystem can: auto, always or never
     #[arg(long, value_name = "WHEN", default_value_t)]
     reflink: Sharing,
@@ -263,6 +266,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         root_owner: filesystem.root_owner,
         orphan_file: filesystem.orphan_file,
         for_old_grub: filesystem.for_old_grub,
+        swap_file: filesystem.swap_file,
         reflink: filesystem.reflink,
         mkfs_args: filesystem.mkfs_args,
         exclude: source.exclude,
