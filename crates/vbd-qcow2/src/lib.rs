@@ -4,13 +4,16 @@
 //! - [`storage`]: the file that an image is in, for all that happens while nobody is served from it.
 //! - [`create()`]: new images, and how large one becomes ([`Measure`]).
 //! - [`info`]: what an image says of itself.
+//! - [`Qcow2`]: an image as a disk that is served.
 
 mod create;
 pub mod format;
 pub mod info;
+mod live;
 pub mod storage;
 
 pub use create::{
     Backing, CreateError, CreateOptions, DataFile, Measure, Measured, Preallocation, Version, create,
     create_in,
 };
+pub use live::{Qcow2, Qcow2Options};

@@ -295,6 +295,26 @@ impl Backend {
         Ok(())
     }
 
+    /// Cuts the file off at `len` bytes, above 0, where it is longer: for a format whose file has more than it needs. No
+    /// request is under way beyond that. A block device stays as it is.
+    ///
+    /// # Errors
+    /// The file cannot be cut.
+    pub fn trim(&self, len: u64) -> Result<()> {
+        if self.block_device || self.read_only || len == 0 || len >= self.size() {
+            return Ok(());
+        }
+        let seen = self.begun(|| Change::Length(len));
+        let result = rustix::fs::ftruncate(&self.buffered, len);
+        self.ended(seen, result.map_or_else(|error| -error.raw_os_error(), |()| 0));
+        let failed = |error: rustix::io::Errno| {
+            Error::io(format!("cannot cut it to {len} bytes"), error.into()).of(&self.label)
+        };
+        result.map_err(failed)?;
+        self.set_size(len);
+        Ok(())
+    }
+
     fn set_size(&self, len: u64) {
         let size = len.next_multiple_of(SECTOR);
         let whole = len / SECTOR * SECTOR;

@@ -1,0 +1,222 @@
+//! Who is under way: grace periods for clusters that were given up, and the state in which nobody is.
+//!
+//! A channel belongs to one thread, so it counts its operations without atomics. Others ask it by a message: the
+//! message is handled between two operations' steps, and what it carries, a [`Token`], is dropped when every operation
+//! of the channel that began before has ended. When the last copy of a token is dropped, on whatever thread, all
+//! channels are past that point. A reactor that has ended drops its messages, and has no operations.
+//!
+//! States of an image: *running*; *draining*, where new requests are parked and a token is out; *exclusive*, where it
+//! has come back and whoever asked for the state works alone; and running again, where what was parked is submitted.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
+use std::rc::{Rc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use vbd_core::range_lock::{RangeGuard, RangeLocks};
+use vbd_ring::{Handle, Local};
+
+/// What waits for the last copy of a token to be dropped.
+#[derive(Default)]
+struct Signal {
+    done: AtomicBool,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Signal {
+    fn waker(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.waker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn wait(self: Arc<Self>) {
+        poll_fn(|context| {
+            // Before the look, so that one of the two sees the other.
+            *self.waker() = Some(context.waker().clone());
+            if self.done.load(Ordering::SeqCst) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+/// Held by a channel until what was under way in it has ended.
+#[derive(Clone)]
+pub(super) struct Token(#[allow(dead_code, reason = "held")] Arc<Last>);
+
+struct Last(Arc<Signal>);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        self.0.done.store(true, Ordering::SeqCst);
+        let waker = self.0.waker().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// The operations of one channel that are under way, by generation: a token begins a new one.
+#[derive(Default)]
+pub(super) struct Operations {
+    generation: Cell<u64>,
+    current: Cell<usize>,
+    /// Earlier generations that have some left, oldest first, with the tokens that wait for them and those before.
+    earlier: RefCell<VecDeque<(usize, Vec<Token>)>>,
+}
+
+impl Operations {
+    /// Counts an operation in: its generation.
+    #[inline]
+    pub(super) fn begin(&self) -> u64 {
+        self.current.set(self.current.get() + 1);
+        self.generation.get()
+    }
+
+    /// Counts it out.
+    #[inline]
+    pub(super) fn end(&self, generation: u64) {
+        if generation == self.generation.get() {
+            self.current.set(self.current.get() - 1);
+        } else {
+            self.end_earlier(generation);
+        }
+    }
+
+    fn end_earlier(&self, generation: u64) {
+        let mut passed = Vec::new();
+        let mut earlier = self.earlier.borrow_mut();
+        let back = usize::try_from(self.generation.get() - generation).unwrap_or(usize::MAX);
+        if let Some(entry) = earlier.len().checked_sub(back).and_then(|index| earlier.get_mut(index)) {
+            entry.0 -= 1;
+        }
+        while earlier.front().is_some_and(|(count, _)| *count == 0) {
+            passed.extend(earlier.pop_front());
+        }
+        drop(earlier);
+        // Whoever waits for these may be woken by this.
+        drop(passed);
+    }
+
+    /// Keeps a token until all that is under way now has ended.
+    pub(super) fn hold(&self, token: Token) {
+        let mut earlier = self.earlier.borrow_mut();
+        if self.current.get() > 0 {
+            earlier.push_back((self.current.replace(0), vec![token]));
+            self.generation.set(self.generation.get() + 1);
+        } else if let Some((_, tokens)) = earlier.back_mut() {
+            tokens.push(token);
+        } else {
+            drop(earlier);
+            drop(token);
+        }
+    }
+}
+
+/// A channel as these messages reach it.
+pub(super) trait Member {
+    /// Holds the token until what is under way has ended; parks new requests from now on if asked to.
+    fn hold(&self, token: Token, park: bool);
+    /// Takes new requests again, and those that were parked. The tables may be others.
+    fn resume(self: Rc<Self>);
+}
+
+thread_local! {
+    /// The channels of this thread.
+    static MEMBERS: RefCell<HashMap<u64, Weak<dyn Member>>> = RefCell::default();
+}
+
+fn member(id: u64) -> Option<Rc<dyn Member>> {
+    MEMBERS.with_borrow(|members| members.get(&id).and_then(Weak::upgrade))
+}
+
+/// The channels of one image.
+#[derive(Default)]
+pub(super) struct Members {
+    state: Mutex<State>,
+    /// One at a time is alone.
+    alone: Arc<RangeLocks>,
+}
+
+#[derive(Default)]
+struct State {
+    all: Vec<(Handle, u64)>,
+    parked: bool,
+}
+
+impl Members {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a channel of this thread: its number, and whether it begins parked.
+    pub(super) fn enter(&self, channel: &Rc<dyn Member>, local: &Local) -> (u64, bool) {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        MEMBERS.with_borrow_mut(|members| members.insert(id, Rc::downgrade(channel)));
+        let mut state = self.state();
+        state.all.push((local.handle(), id));
+        (id, state.parked)
+    }
+
+    /// Takes a channel of this thread out, which has nothing under way.
+    pub(super) fn leave(&self, id: u64) {
+        self.state().all.retain(|(_, other)| *other != id);
+        // Where the thread ends, the table goes with all that is in it.
+        let _ = MEMBERS.try_with(|members| members.borrow_mut().remove(&id));
+    }
+
+    fn tokens(&self, park: bool) -> Arc<Signal> {
+        let signal = Arc::new(Signal::default());
+        let token = Token(Arc::new(Last(signal.clone())));
+        let mut state = self.state();
+        if park {
+            state.parked = true;
+        }
+        for (handle, id) in &state.all {
+            let (token, id) = (token.clone(), *id);
+            handle.post(move |_| {
+                if let Some(member) = member(id) {
+                    member.hold(token, park);
+                }
+            });
+        }
+        signal
+    }
+
+    /// Waits until every operation that is under way now, on any channel, has ended.
+    pub(super) async fn grace(&self) {
+        self.tokens(false).wait().await;
+    }
+
+    /// Waits until nothing is under way on any channel, and keeps it so until the result is dropped.
+    pub(super) async fn exclusive(self: &Arc<Self>) -> Exclusive {
+        let turn = self.alone.lock(0..1).await;
+        let signal = self.tokens(true);
+        let exclusive = Exclusive { members: self.clone(), _turn: turn };
+        signal.wait().await;
+        exclusive
+    }
+}
+
+/// Nothing is under way on any channel while this lives.
+pub(super) struct Exclusive {
+    members: Arc<Members>,
+    _turn: RangeGuard,
+}
+
+impl Drop for Exclusive {
+    fn drop(&mut self) {
+        let mut state = self.members.state();
+        state.parked = false;
+        for (handle, id) in &state.all {
+            let id = *id;
+            handle.post(move |_| {
+                if let Some(member) = member(id) {
+                    member.resume();
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Reading and writing of the engine's own: tables and what lies beside a guest's data, awaited in a task.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use vbd_core::ask::{Ask, ask};
+use vbd_core::memory::Buffer;
+use vbd_core::{Channel, Error, ErrorKind, Flags, Guard, IoVec, Operation, Result};
+use vbd_ring::Local;
+
+/// A task's way to the image's file, and to where guest clusters are.
+#[derive(Clone)]
+pub(super) struct Io {
+    pub(super) local: Local,
+    /// The image's file: tables, and guest clusters as a rule.
+    pub(super) file: Rc<dyn Channel>,
+    /// Guest clusters: the same, or an external data file.
+    pub(super) data: Rc<dyn Channel>,
+}
+
+/// Bytes that were read.
+pub(super) struct Bytes(Arc<Buffer>);
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: made when the read has ended, and the buffer is given to nobody afterwards.
+        unsafe { self.0.bytes() }
+    }
+}
+
+impl Io {
+    /// Reads so many bytes of the image's file.
+    pub(super) async fn read(&self, offset: u64, len: usize) -> Result<Bytes> {
+        let buffer = Arc::new(Buffer::new(len));
+        let read = Ask::transfer(Operation::Read, offset, vec![buffer.whole()], Some(buffer.clone()));
+        ask(&self.file, read, self.local.now()).await?;
+        Ok(Bytes(buffer))
+    }
+
+    /// Starts to write a buffer to the image's file. `keep` lives until that has ended, whoever waits for it.
+    pub(super) fn write(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        keep: Guard,
+    ) -> impl Future<Output = Result<()>> + use<> {
+        let buffer = Arc::new(buffer);
+        let memory = vec![buffer.whole()];
+        let guard: Guard = Arc::new((buffer, keep));
+        self.transfer(&self.file, Operation::Write, offset, memory, Some(guard))
+    }
+
+    /// Starts a read or write on a channel.
+    pub(super) fn transfer(
+        &self,
+        channel: &Rc<dyn Channel>,
+        operation: Operation,
+        offset: u64,
+        memory: Vec<IoVec>,
+        guard: Option<Guard>,
+    ) -> impl Future<Output = Result<()>> + use<> {
+        let answer = ask(channel, Ask::transfer(operation, offset, memory, guard), self.local.now());
+        async move { answer.await.map(drop) }
+    }
+
+    /// Starts an operation without memory on a channel.
+    pub(super) fn plain(
+        &self,
+        channel: &Rc<dyn Channel>,
+        operation: Operation,
+        (offset, len): (u64, u64),
+        flags: Flags,
+    ) -> impl Future<Output = Result<()>> + use<> {
+        let answer = ask(channel, Ask { flags, ..Ask::new(operation, offset, len) }, self.local.now());
+        async move { answer.await.map(drop) }
+    }
+
+    /// Makes all that has been written durable: guest data first known to be so with the tables that need it.
+    pub(super) async fn sync(&self) -> Result<()> {
+        let flush = |channel| self.plain(channel, Operation::Flush, (0, 0), Flags::default());
+        if Rc::ptr_eq(&self.file, &self.data) {
+            return flush(&self.file).await;
+        }
+        let (data, file) = (flush(&self.data), flush(&self.file));
+        let (data, file) = (data.await, file.await);
+        data.and(file)
+    }
+
+    /// Makes a range of guest clusters read as zeroes and gives its space back; false where the storage cannot.
+    pub(super) async fn punch(&self, offset: u64, len: u64) -> Result<bool> {
+        let flags = Flags { may_unmap: true, fast_only: true, ..Flags::default() };
+        match self.plain(&self.file, Operation::WriteZeroes, (offset, len), flags).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// One of several operations that are under way.
+pub(super) type Part = Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// Waits for all of them, whatever happens: what one of them writes to or reads from is in use until it has ended.
+pub(super) async fn all<F: Future<Output = Result<()>>>(parts: Vec<F>) -> Result<()> {
+    let mut result = Ok(());
+    for part in parts {
+        let outcome = part.await;
+        if result.is_ok() {
+            result = outcome;
+        }
+    }
+    result
+}
+
+/// An error of the image's structures.
+pub(super) fn corrupt(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, message)
+}
+
+/// A number of bytes as memory counts them.
+pub(super) fn bytes(len: u64) -> usize {
+    usize::try_from(len).expect("a 64-bit host")
+}

@@ -1,0 +1,26 @@
+//! The engine: an image that is served.
+//!
+//! [`Qcow2`] is the disk. What its channels share is an [`image::Image`]: the mapping in memory ([`map`]), reference
+//! counts and free clusters ([`counts`]), and how both reach the disk ([`commit`]). A channel passes a request that maps
+//! to one run of the file on as it is; the others become tasks ([`read`], [`write`], [`space`]). [`grace`] says when
+//! nobody uses a cluster any more, and when nobody does anything. `docs/qcow2.md` tells the whole story.
+
+mod channel;
+mod commit;
+mod compressed;
+mod counts;
+mod disk;
+mod grace;
+mod image;
+mod io;
+mod map;
+mod offers;
+mod read;
+mod resize;
+mod service;
+mod session;
+mod set;
+mod space;
+mod write;
+
+pub use disk::{Qcow2, Qcow2Options};

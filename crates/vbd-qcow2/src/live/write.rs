@@ -1,0 +1,289 @@
+//! Writes that need new clusters, or are not one run of one file.
+//!
+//! Whoever changes entries holds the locks of their clusters of the disk, so two writes to one new cluster come one after
+//! the other, and the second goes in place. Data is written before the entry that leads to it is set, so a reader sees
+//! what was there before or what is there now. What is written in place takes no lock.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use vbd_core::memory::Buffer;
+use vbd_core::{Guard, IoVec, Operation, Request, Result};
+
+use super::channel::Qcow2Channel;
+use super::counts::Run;
+use super::image::Image;
+use super::io::{Part, all, bytes};
+use super::map::{Entry, Span, Table, index_of, span};
+use super::read::Target;
+use crate::format::{Cluster, L2Entry, Subclusters};
+
+/// What has to happen for a cluster to be written to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Nothing for the part that is written first.
+    Nothing,
+    /// It gets a cluster of the file.
+    New,
+    /// It has one that is its own, and whose content does not count.
+    Prepared(u64),
+}
+
+/// Clusters that were taken and that nothing leads to yet.
+struct Unpublished<'a> {
+    image: &'a Image,
+    run: Option<Run>,
+}
+
+impl Drop for Unpublished<'_> {
+    fn drop(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.image.pending().orphans.extend(run.start..run.start + run.count);
+        }
+    }
+}
+
+/// A part of a disk that is written with what lies beside it in its clusters.
+struct Plan {
+    /// Where the data begins and ends.
+    begin: u64,
+    stop: u64,
+    /// Where the whole begins and ends.
+    from: u64,
+    to: u64,
+    /// Where the whole goes.
+    host: u64,
+    /// That place reads as zeroes.
+    zeroed: bool,
+}
+
+impl Qcow2Channel {
+    pub(super) fn write_slowly(self: Rc<Self>, request: Request) {
+        self.work(request, async |this, request| {
+            let source = Target { memory: std::mem::take(&mut request.memory), guard: request.guard.clone() };
+            let result = this.write_range(request.offset, request.len, &source).await;
+            request.memory = source.memory;
+            result?;
+            this.image.commit_if_much(&this.io);
+            this.made_durable(request).await
+        });
+    }
+
+    /// Writes memory to a range of the disk.
+    pub(super) async fn write_range(&self, offset: u64, len: u64, source: &Target) -> Result<()> {
+        let mut parts: Vec<Part> = Vec::new();
+        let result = self.start_writes(offset, len, source, &mut parts).await;
+        let ended = all(parts).await;
+        result.and(ended)
+    }
+
+    async fn start_writes(
+        &self,
+        offset: u64,
+        len: u64,
+        source: &Target,
+        parts: &mut Vec<Part>,
+    ) -> Result<()> {
+        let (l1, mut done) = (self.l1(), 0);
+        while done < len {
+            let (span, part) = self.image.span(&self.io, &l1, offset + done, len - done).await?;
+            match span {
+                Span::Data { host, owned: true } => {
+                    let (memory, guard) = (source.part(done, part), source.guard.clone());
+                    parts.push(Box::pin(self.io.transfer(
+                        &self.io.data,
+                        Operation::Write,
+                        host,
+                        memory,
+                        guard,
+                    )));
+                    done += part;
+                }
+                Span::Bad(error) => return Err(self.image.corrupted(&self.io, &error.to_string())),
+                _ => done += self.write_new(offset + done, len - done, (source, done)).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes to the first clusters of a range that have none of their own: how many bytes were written, which is 0 where
+    /// somebody else was quicker.
+    async fn write_new(&self, offset: u64, most: u64, (source, skip): (&Target, u64)) -> Result<u64> {
+        let (image, layout) = (&*self.image, &self.image.layout);
+        let (bits, l1) = (layout.cluster_bits, self.l1());
+        let table_end = ((offset >> layout.l2_span_bits()) + 1) << layout.l2_span_bits();
+        let end = (offset + most).min(table_end);
+        let (first, last) = (offset >> bits, (end - 1) >> bits);
+        let _turn = image.clusters.lock(first..last + 1).await;
+        image.check_writable()?;
+        let table = image.own_table(&self.io, &l1, offset).await?;
+        let index = index_of(layout, offset);
+        let (need, uniform) = self.need(&table, offset)?;
+        let mut taken = Unpublished { image, run: None };
+        let plan = match need {
+            Need::Nothing => return Ok(0),
+            Need::Prepared(host) => {
+                let stop = end.min(offset + uniform);
+                self.plan(&table, (offset, stop), (host, false))
+            }
+            Need::New => {
+                let mut want = 1;
+                while first + want <= last && self.need(&table, (first + want) << bits)?.0 == Need::New {
+                    want += 1;
+                }
+                let run = match image.data_file {
+                    // There, each cluster has its place.
+                    Some(_) => Run { start: first, count: want, zeroed: false },
+                    None => *taken.run.insert(image.allocate(&self.io, want).await?),
+                };
+                let stop = end.min((first + run.count) << bits);
+                self.plan(&table, (offset, stop), (run.start << bits, run.zeroed))
+            }
+        };
+        if let Err(error) = self.write_plan(&plan, source, skip).await {
+            // It has ended, so nobody writes there any more.
+            if let Some(run) = taken.run.take() {
+                image.give_back(run);
+            }
+            return Err(error);
+        }
+        let count = ((plan.stop - 1) >> bits) - first + 1;
+        let old: Vec<Entry> = (0..bytes(count)).map(|at| table.get(layout, index + at)).collect();
+        let host = plan.host & !layout.offset_mask();
+        let new =
+            old.iter().zip(0..).map(|(old, at)| self.entry(*old, &plan, first + at, host + (at << bits)));
+        image.set_entries(&table, index, &new.collect::<Vec<_>>());
+        taken.run = None;
+        if need == Need::New {
+            old.iter().for_each(|old| image.free(image.referred(*old)));
+        }
+        Ok(plan.stop - plan.begin)
+    }
+
+    /// What a cluster needs to be written to at an offset, and for how many bytes from there on it is in the same state.
+    fn need(&self, table: &Arc<Table>, offset: u64) -> Result<(Need, u64)> {
+        let (image, layout) = (&self.image, &self.image.layout);
+        let entry = table.get(layout, index_of(layout, offset));
+        if table.suspect {
+            image.check_entry(&self.io, entry, offset)?;
+        }
+        let rest = layout.cluster_size() - (offset & layout.offset_mask());
+        let (span, uniform) = span(layout, table, offset, rest);
+        let cluster = entry.cluster.decode(layout);
+        let need = match (span, cluster) {
+            (Span::Bad(error), _) | (_, Err(error)) => {
+                return Err(image.corrupted(&self.io, &error.to_string()));
+            }
+            (Span::Data { owned: true, .. }, _) => Need::Nothing,
+            (_, Ok(Cluster::Data { host } | Cluster::Zero { host: Some(host) }))
+                if entry.cluster.copied() =>
+            {
+                Need::Prepared(host)
+            }
+            _ => Need::New,
+        };
+        Ok((need, uniform))
+    }
+
+    /// What is written beside a range, so that whole clusters or subclusters are.
+    fn plan(&self, table: &Table, (begin, stop): (u64, u64), (cluster, zeroed): (u64, bool)) -> Plan {
+        let layout = &self.image.layout;
+        let unit = |offset: u64| {
+            let entry = table.get(layout, index_of(layout, offset));
+            match entry.cluster.decode(layout) {
+                // What its subclusters have moves with it.
+                Ok(Cluster::Data { .. }) if !entry.cluster.copied() => layout.cluster_size(),
+                Ok(Cluster::Compressed(_)) => layout.cluster_size(),
+                _ => layout.subcluster_size(),
+            }
+        };
+        let from = begin / unit(begin) * unit(begin);
+        let to = stop.next_multiple_of(unit(stop - 1));
+        let to = match self.image.data_file {
+            // It ends where the disk does.
+            Some(_) => to.min(self.image.size()).max(stop),
+            None => to,
+        };
+        Plan { begin, stop, from, to, host: cluster + (from & layout.offset_mask()), zeroed }
+    }
+
+    /// Writes the data of a plan and what is missing beside it, at once.
+    async fn write_plan(&self, plan: &Plan, source: &Target, skip: u64) -> Result<()> {
+        let size = self.image.size();
+        let head = self.beside(plan.from, plan.begin, plan.zeroed, size).await?;
+        let tail = self.beside(plan.stop, plan.to, plan.zeroed, size).await?;
+        let mut memory: Vec<IoVec> = head.iter().map(|buffer| buffer.whole()).collect();
+        memory.extend(source.part(skip, plan.stop - plan.begin));
+        memory.extend(tail.iter().map(|buffer| buffer.whole()));
+        let skipped = if head.is_some() { 0 } else { plan.begin - plan.from };
+        let guard: Guard = Arc::new((source.guard.clone(), head, tail));
+        self.io.transfer(&self.io.data, Operation::Write, plan.host + skipped, memory, Some(guard)).await
+    }
+
+    /// What a range holds now, where it has to be written: not where it is zeroes and those are there.
+    async fn beside(&self, from: u64, to: u64, zeroed: bool, size: u64) -> Result<Option<Arc<Buffer>>> {
+        if from == to {
+            return Ok(None);
+        }
+        // Behind the end of the disk there is nothing.
+        let end = to.min(size).max(from);
+        let is_zero = self.is_zero(from, end).await?;
+        if is_zero && zeroed {
+            return Ok(None);
+        }
+        let buffer = Arc::new(Buffer::new(bytes(to - from)));
+        if !is_zero {
+            let memory = vec![buffer.piece(0, bytes(end - from))];
+            let target = Target { memory, guard: Some(buffer.clone()) };
+            self.read_range(from, end - from, &target).await?;
+        }
+        Ok(Some(buffer))
+    }
+
+    /// Whether a range reads as zeroes, as far as the tables tell.
+    pub(super) async fn is_zero(&self, mut from: u64, end: u64) -> Result<bool> {
+        let l1 = self.l1();
+        while from < end {
+            let (span, len) = self.image.span(&self.io, &l1, from, end - from).await?;
+            match span {
+                Span::Zero { .. } => {}
+                Span::Below if from >= self.image.backing_size() => {}
+                _ => return Ok(false),
+            }
+            from += len;
+        }
+        Ok(true)
+    }
+
+    /// The entry of a cluster of the disk that was written to at `host`.
+    fn entry(&self, old: Entry, plan: &Plan, cluster: u64, host: u64) -> Entry {
+        let layout = &self.image.layout;
+        let new = L2Entry::data(host, true);
+        if !layout.extended_l2 {
+            return Entry { cluster: new, parts: Subclusters::NONE };
+        }
+        let start = cluster << layout.cluster_bits;
+        let (size, unit) = (layout.cluster_size(), layout.subcluster_size());
+        let from = plan.from.saturating_sub(start) / unit;
+        let to = plan.to.min(start + size).saturating_sub(start).div_ceil(unit);
+        let written = (from..to).fold(0u32, |bits, part| bits | 1 << part);
+        let allocated = if matches!(old.cluster.decode(layout), Ok(Cluster::Data { .. })) {
+            old.parts.allocated()
+        } else {
+            0
+        };
+        let zero = if old.cluster.is_compressed() { 0 } else { old.parts.zero() };
+        Entry { cluster: new, parts: Subclusters::new(allocated | written, zero & !written) }
+    }
+
+    /// Writes zeroes to a range, of whatever it is made.
+    pub(super) async fn write_zero_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        const CHUNK: u64 = 64 << 10;
+        let buffer = Arc::new(Buffer::new(bytes(len.min(CHUNK))));
+        let mut memory = vec![buffer.whole(); bytes(len / CHUNK)];
+        if !len.is_multiple_of(CHUNK) {
+            memory.push(buffer.piece(0, bytes(len % CHUNK)));
+        }
+        self.write_range(offset, len, &Target { memory, guard: Some(buffer) }).await
+    }
+}

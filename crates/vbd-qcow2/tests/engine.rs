@@ -1,0 +1,197 @@
+//! The engine against a vector of bytes: images of every shape, several queues on several reactors, a small cache, and
+//! what qemu-img says of the image in the end.
+#![allow(clippy::cast_possible_truncation, reason = "sizes of tests are small")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vbd_core::{Disk, ExtentKind, Flags, Operation, Session};
+use vbd_image::raw::{Raw, RawOptions};
+use vbd_qcow2::{Qcow2, Qcow2Options};
+use vbd_ring::EngineKind;
+use vbd_testing::client::{Ask, Client};
+use vbd_testing::qemu::{self, Shape};
+use vbd_testing::{Random, seeds};
+
+/// A disk, what it should hold, and the image behind it.
+struct Case {
+    path: PathBuf,
+    shape: Shape,
+    backing: Option<(PathBuf, &'static str)>,
+    model: Vec<u8>,
+    _dir: tempfile::TempDir,
+}
+
+impl Case {
+    fn new(random: &mut Random, on_disk: bool) -> Self {
+        let dir = if on_disk {
+            tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        } else {
+            tempfile::tempdir_in("/dev/shm")
+        };
+        let dir = dir.expect("a directory");
+        let path = dir.path().join("image.qcow2");
+        let shape = Shape::random(random);
+        let mut model = vec![0; shape.size as usize];
+        let backing = (!shape.data_file && random.once_in(2)).then(|| {
+            let raw = random.once_in(2);
+            let size = (shape.size / 512 / 2 + random.below(shape.size / 512)) * 512 + 512;
+            let behind = dir.path().join("behind");
+            let bytes: Vec<u8> = (0..size).map(|at| (at / 512 % 255) as u8 + 1).collect();
+            std::fs::write(&behind, &bytes).expect("a backing file");
+            let shared = bytes.len().min(model.len());
+            model[..shared].copy_from_slice(&bytes[..shared]);
+            if raw {
+                return (behind, "raw");
+            }
+            let converted = dir.path().join("behind.qcow2");
+            qemu::img(&[
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "qcow2",
+                "-c",
+                qemu::text(&behind),
+                qemu::text(&converted),
+            ]);
+            (converted, "qcow2")
+        });
+        shape.create(&path, backing.as_ref().map(|(path, format)| (path.as_path(), *format)));
+        Case { path, shape, backing, model, _dir: dir }
+    }
+
+    fn open(&self, cache_bytes: Option<u64>) -> Arc<dyn Session> {
+        let mut options = Qcow2Options::new(&self.path);
+        options.cache_bytes = cache_bytes;
+        options.backing = self.backing.as_ref().map(|(path, format)| behind(path, format));
+        options.data_file = self.shape.data_file.then(|| raw(&self.path.with_extension("data"), false));
+        Qcow2::new(options).open().expect("an image that can be opened")
+    }
+
+    /// Some random requests, several of them under way at once where their ranges are apart.
+    fn drive(&mut self, random: &mut Random, clients: &[Client], rounds: u64) {
+        for _ in 0..rounds {
+            let mut asked = Vec::new();
+            for part in 0..1 + random.below(6) {
+                let sectors = self.model.len() as u64 / 512;
+                let (from, to) = (sectors * part / 6, sectors * (part + 1) / 6);
+                if to <= from {
+                    continue;
+                }
+                let start = from + random.below(to - from);
+                let most = if random.once_in(4) { to - start } else { (to - start).min(16) };
+                let (offset, len) = (start * 512, (1 + random.below(most)) * 512);
+                let ask = ask(random, offset, len);
+                let client = &clients[random.index(clients.len())];
+                asked.push((ask.clone(), client.submit(ask)));
+            }
+            for (ask, answer) in asked {
+                let answer = answer.recv_timeout(std::time::Duration::from_secs(60)).expect("an answer");
+                answer.result.unwrap_or_else(|error| panic!("{ask:?}: {error}"));
+                self.apply(&ask, &answer.data, &answer.extents, &clients[0]);
+            }
+        }
+    }
+
+    fn apply(&mut self, ask: &Ask, data: &[u8], extents: &[vbd_core::Extent], client: &Client) {
+        let (start, end) = (ask.offset as usize, (ask.offset + ask.len) as usize);
+        match ask.operation {
+            Operation::Read => assert!(data == &self.model[start..end], "{ask:?} differs"),
+            Operation::Write => self.model[start..end].copy_from_slice(&ask.data),
+            Operation::WriteZeroes => self.model[start..end].fill(0),
+            Operation::Discard => {
+                let now = client.read(ask.offset, ask.len);
+                for (old, new) in self.model[start..end].chunks_mut(512).zip(now.chunks(512)) {
+                    assert!(old == new || new.iter().all(|byte| *byte == 0), "{ask:?} has changed data");
+                    old.copy_from_slice(new);
+                }
+            }
+            Operation::Extents => {
+                let mut at = start;
+                for extent in extents {
+                    let stop = at + extent.len as usize;
+                    assert!(stop <= end, "{ask:?}: an extent beyond the range");
+                    let zero = self.model[at..stop].iter().all(|byte| *byte == 0);
+                    assert!(extent.kind == ExtentKind::Data || zero, "{ask:?}: data is called a hole");
+                    at = stop;
+                }
+                assert!(at > start, "{ask:?}: no extent");
+            }
+            Operation::Flush => {}
+        }
+    }
+}
+
+fn raw(path: &Path, read_only: bool) -> Arc<dyn Disk> {
+    Raw::new(RawOptions { read_only, ..RawOptions::new(path) })
+}
+
+fn behind(path: &Path, format: &str) -> Arc<dyn Disk> {
+    if format == "raw" {
+        return raw(path, true);
+    }
+    Qcow2::new(Qcow2Options { read_only: true, ..Qcow2Options::new(path) })
+}
+
+fn ask(random: &mut Random, offset: u64, len: u64) -> Ask {
+    use Operation::{Discard, Extents, Flush, Read, Write, WriteZeroes};
+    let operation =
+        *random.one_of(&[Read, Read, Read, Write, Write, Write, Write, Discard, WriteZeroes, Extents, Flush]);
+    let mut ask = match operation {
+        Flush => Ask::new(Flush, 0, 0),
+        _ => Ask::new(operation, offset, len),
+    };
+    if operation == Write {
+        let seed = random.below(250) as u8;
+        ask.data = (offset..offset + len).map(|at| seed.wrapping_add((at / 512 % 251) as u8) | 1).collect();
+    }
+    ask.flags = Flags { fua: random.once_in(10), may_unmap: random.once_in(2), fast_only: false };
+    ask.piece = *random.one_of(&[usize::MAX, 512, 4096, 1536]);
+    ask.skew = if random.once_in(8) { 3 } else { 0 };
+    ask
+}
+
+/// What qemu-img finds in an image that was closed, and what it reads out of it.
+fn verify(case: &Case, seed: u64) {
+    let found = qemu::check(&case.path);
+    assert!(found.errors == 0 && found.leaks == 0, "seed {seed}: {:?}: {found:?}", case.shape);
+    let out = case.path.with_extension("out");
+    qemu::img(&["convert", "-f", "qcow2", "-O", "raw", qemu::text(&case.path), qemu::text(&out)]);
+    assert!(
+        std::fs::read(&out).expect("converted") == case.model,
+        "seed {seed}: {:?}: QEMU reads something else",
+        case.shape
+    );
+}
+
+#[test]
+fn random_requests_by_several_queues() {
+    for seed in seeds(40) {
+        let mut random = Random::new(seed);
+        let mut case = Case::new(&mut random, seed % 4 == 0);
+        println!("seed {seed}: {:?} on {:?}", case.shape, case.backing);
+        for _ in 0..2 {
+            let cache = random.once_in(2).then_some(0);
+            let session = case.open(cache);
+            let engine = |index| if index % 3 == 2 { EngineKind::Threads } else { EngineKind::Auto };
+            let clients: Vec<Client> = (0..3).map(|index| Client::on_disk(engine(index), &session)).collect();
+            case.drive(&mut random, &clients, 25);
+            assert!(
+                clients[1].read(0, case.model.len() as u64) == case.model,
+                "seed {seed}: the end differs"
+            );
+            if random.once_in(2) {
+                let size = case.model.len() as u64 + random.below(64) * 512;
+                session.grow(size).expect("it can grow");
+                case.model.resize(size as usize, 0);
+                case.shape.size = size;
+                case.drive(&mut random, &clients, 5);
+                assert!(clients[2].read(0, size) == case.model, "seed {seed}: the end differs after growth");
+            }
+            drop(clients);
+            drop(session);
+            verify(&case, seed);
+        }
+    }
+}
