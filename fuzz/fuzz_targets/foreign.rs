@@ -1,0 +1,4 @@
+//! A VMDK, VDI or VHDX file that anybody may have made.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vbd_foreign::fuzz(bytes));
