@@ -10,7 +10,7 @@ use vbd_core::{Capabilities, Disk, Error, ErrorKind, Event, Geometry, Result, Se
 use vbd_image::lease::{self, Lease, LeaseError, Mode};
 
 use super::counts::Counts;
-use super::image::{Image, Parts};
+use super::image::{Image, Parts, whole_blocks};
 use super::io::{Io, bytes, corrupt};
 use super::map::L1;
 use super::service::{self, Place};
@@ -260,11 +260,13 @@ impl Opening {
 
     /// Makes an image ready to be written to.
     async fn prepare(&self, io: &Io, header: &Header) -> Result<()> {
-        let size = header.layout().cluster_size();
-        let end = self.backend.size().next_multiple_of(size);
+        let end =
+            whole_blocks(&self.backend, self.backend.size().next_multiple_of(header.layout().cluster_size()));
         if end != self.backend.size() && !self.backend.is_block_device() {
             // A program that wrote part of the last cluster: what is missing reads as zeroes.
             self.backend.grow(end)?;
+            io.sync().await?;
+            self.backend.drop_cached();
         }
         if let Some(data) = &self.data_file
             && data.geometry().size < header.size

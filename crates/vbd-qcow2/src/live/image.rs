@@ -137,6 +137,11 @@ impl Image {
         self.backend.size().next_multiple_of(self.layout.cluster_size())
     }
 
+    /// The length of a file that has so many bytes at least.
+    pub(super) fn whole_blocks(&self, len: u64) -> u64 {
+        whole_blocks(&self.backend, len)
+    }
+
     /// How many bytes of the disk the image behind it has.
     pub(super) fn backing_size(&self) -> u64 {
         self.backing.as_ref().map_or(0, |backing| backing.geometry().size)
@@ -386,4 +391,10 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// The length of a file that has so many bytes at least: whole blocks of its filesystem. The kernel zeroes the rest of a
+/// block in its page cache, and a direct write that meets that page makes the next flush fail.
+pub(super) fn whole_blocks(backend: &Backend, len: u64) -> u64 {
+    len.next_multiple_of(u64::from(backend.geometry().physical_block_size).clamp(4096, 1 << 20))
 }

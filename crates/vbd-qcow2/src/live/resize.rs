@@ -93,7 +93,7 @@ impl Image {
             return Ok(());
         }
         let Some(end) = self.counts.state().end() else { return Ok(()) };
-        let end = self.last_used(io, end).await? * self.layout.cluster_size();
+        let end = self.whole_blocks(self.last_used(io, end).await? * self.layout.cluster_size());
         if end < self.backend.size() {
             let backend = self.backend.clone();
             io.local.unblock(move || backend.trim(end)).await?;

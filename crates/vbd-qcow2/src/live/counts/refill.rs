@@ -128,7 +128,7 @@ impl Image {
             return Err(no_room("the block device has no room left; grow the volume"));
         }
         if !self.backend.is_block_device() && end > self.backend.size() {
-            let backend = self.backend.clone();
+            let (backend, end) = (self.backend.clone(), self.whole_blocks(end));
             io.local.unblock(move || backend.grow(end)).await?;
         }
         if taken > 0 {
