@@ -235,6 +235,10 @@ impl Model {
 
     /// The disk gets another size.
     pub fn resize(&mut self, size: u64) {
+        // Its last cluster was in part beyond the end, and may have to hide what is below.
+        if let Some(last) = self.written.last_mut() {
+            *last = true;
+        }
         self.content.resize(size as usize, 0);
         self.written.resize(size.div_ceil(self.cluster) as usize, true);
     }
