@@ -25,6 +25,7 @@ const TARGETS: &[Target] = &[
     ("oci_manifest", vbd_fs::oci::fuzz),
     ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
+    ("qcow2_check", vbd_qcow2::check::fuzz::check_and_repair),
     ("qcow2_structures", vbd_qcow2::format::fuzz::structures),
     ("sidecar", vbd_image::sidecar::fuzz),
     ("squashfs", vbd_fs::squashfs::fuzz),

@@ -3,9 +3,11 @@
 //! - [`mod@format`]: the structures of the file, read from bytes that are hostile until checked, and written.
 //! - [`storage`]: the file that an image is in, for all that happens while nobody is served from it.
 //! - [`create()`]: new images, and how large one becomes ([`Measure`]).
+//! - [`check`]: whether everything in an image fits together, and its repair.
 //! - [`info`]: what an image says of itself.
 //! - [`Qcow2`]: an image as a disk that is served.
 
+pub mod check;
 mod create;
 pub mod format;
 pub mod info;

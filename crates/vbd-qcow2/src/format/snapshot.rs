@@ -2,7 +2,7 @@
 
 use vbd_image::ReadAt;
 
-use super::{Error, Header, Result, be16, be32, be64, limit};
+use super::{Error, Header, Result, be16, be32, be64, limit, printable};
 
 /// A snapshot inside the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,32 +75,36 @@ impl Snapshot {
             icount: number(2),
             extra: extra.get(24..).unwrap_or_default().to_vec(),
         };
-        snapshot.check(header, &field)?;
         Ok((snapshot, end.next_multiple_of(8)))
     }
 
-    fn check(
-        &self,
-        header: &Header,
-        field: &dyn Fn(&str, &dyn std::fmt::Display, String) -> Error,
-    ) -> Result<()> {
+    /// Whether its L1 table can be where it says, and is long enough for its disk. Reading the table does not ask that, so
+    /// that one bad snapshot does not hide the others: whoever uses one asks.
+    ///
+    /// # Errors
+    ///
+    /// A field has a value that it cannot have.
+    pub fn validate(&self, header: &Header) -> Result<()> {
         let layout = header.layout();
-        if !layout.is_aligned(self.l1_offset) || self.l1_offset > limit::SIZE {
+        let field = |field: &str, value: String, allowed: String| {
+            Error::field(format!("{field} of snapshot \"{}\"", printable(&self.id)), value, allowed)
+        };
+        if !layout.is_aligned(self.l1_offset) || self.l1_offset == 0 || self.l1_offset > limit::SIZE {
             let allowed = format!("it is a multiple of the cluster size, {}", layout.cluster_size());
-            return Err(field("l1_table_offset", &format!("{:#x}", self.l1_offset), allowed));
+            return Err(field("l1_table_offset", format!("{:#x}", self.l1_offset), allowed));
         }
         if u64::from(self.l1_entries) * 8 > limit::L1_BYTES {
-            return Err(field("l1_size", &self.l1_entries, format!("it is at most {}", limit::L1_BYTES / 8)));
+            let allowed = format!("it is at most {}", limit::L1_BYTES / 8);
+            return Err(field("l1_size", self.l1_entries.to_string(), allowed));
         }
-        if let Some(size) = self.disk_size {
-            if size > limit::SIZE {
-                return Err(field("the disk size", &size, format!("it is at most {}", limit::SIZE)));
-            }
-            let needed = layout.l1_entries(size);
-            if u64::from(self.l1_entries) < needed {
-                let allowed = format!("a virtual disk of {size} bytes needs {needed}");
-                return Err(field("l1_size", &self.l1_entries, allowed));
-            }
+        let size = self.disk_size.unwrap_or(header.size);
+        if size > limit::SIZE {
+            return Err(field("the disk size", size.to_string(), format!("it is at most {}", limit::SIZE)));
+        }
+        let needed = layout.l1_entries(size);
+        if u64::from(self.l1_entries) < needed {
+            let allowed = format!("a virtual disk of {size} bytes needs {needed}");
+            return Err(field("l1_size", self.l1_entries.to_string(), allowed));
         }
         Ok(())
     }
