@@ -12,6 +12,7 @@ mod create;
 pub mod format;
 pub mod info;
 mod live;
+mod rewrite;
 pub mod storage;
 
 pub use create::{
@@ -19,3 +20,4 @@ pub use create::{
     create_in,
 };
 pub use live::{Qcow2, Qcow2Options};
+pub use rewrite::{replace_header, with_backing};
