@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use vbd_core::{Error, ErrorKind, Result};
 use vbd_qcow2::format::{self as qcow2, Header};
+use vbd_vhd::format::{Head, Kind, SizeRule};
 
 use crate::gate::shown;
 use crate::{Format, Gate};
@@ -38,6 +39,10 @@ pub enum Details {
     Raw,
     /// A qcow2 image's header.
     Qcow2(Box<Header>),
+    /// What a VHD has at its ends.
+    Vhd(Box<vbd_vhd::format::Head>),
+    /// What kind an image of another program is.
+    Foreign(&'static str),
 }
 
 /// The images that make up a disk: the one that was asked for first, the one that all stand on last.
@@ -97,7 +102,7 @@ fn once(top: &Path, link: &Link, seen: &mut Vec<(u64, u64)>) -> Result<()> {
 }
 
 /// What one file says of itself.
-fn read(top: &Path, path: &Path, format: Format, gate: &Gate) -> Result<Link> {
+pub(crate) fn read(top: &Path, path: &Path, format: Format, gate: &Gate) -> Result<Link> {
     let name = || shown(path.as_os_str());
     let image = vbd_image::open::open(path).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
     let plain = Link {
@@ -123,19 +128,39 @@ fn read(top: &Path, path: &Path, format: Format, gate: &Gate) -> Result<Link> {
                 Some(data) => Some(gate.pass(top, path, OsStr::from_bytes(data), "data file")?),
             };
             Ok(Link {
-                size: header.size,
+                // As guests see it: whole sectors.
+                size: header.size.next_multiple_of(512),
                 data_file,
                 backing: header.backing.as_deref().map(|name| shown(OsStr::from_bytes(name))),
                 details: Details::Qcow2(Box::new(header)),
                 ..plain
             })
         }
+        Format::Vhd => {
+            let head =
+                Head::read(&image.file, image.size).map_err(|error| not_a_vhd(&image, &error).of(name()))?;
+            let size = head.size(SizeRule::Maker).map_err(|error| bad_vhd(&error).of(name()))?;
+            let names = head.parent_names(&image.file).unwrap_or_default();
+            Ok(Link {
+                size,
+                backing: names.first().map(|name| shown(OsStr::new(&name.path))),
+                details: Details::Vhd(Box::new(head)),
+                ..plain
+            })
+        }
+        Format::Vmdk => foreign_image(&image, vbd_foreign::Format::Vmdk, plain),
+        Format::Vdi => foreign_image(&image, vbd_foreign::Format::Vdi, plain),
+        Format::Vhdx => foreign_image(&image, vbd_foreign::Format::Vhdx, plain),
     }
 }
 
 /// What an image names as its backing file.
 fn below(top: &Path, link: &Link, gate: &Gate) -> Result<Option<(PathBuf, Format)>> {
-    let Details::Qcow2(header) = &link.details else { return Ok(None) };
+    let header = match &link.details {
+        Details::Raw | Details::Foreign(_) => return Ok(None),
+        Details::Qcow2(header) => header,
+        Details::Vhd(head) => return parent(top, link, head, gate),
+    };
     let Some(name) = &header.backing else { return Ok(None) };
     let image = || shown(link.path.as_os_str());
     let Some(told) = header.backing_format() else {
@@ -155,8 +180,70 @@ fn below(top: &Path, link: &Link, gate: &Gate) -> Result<Option<(PathBuf, Format
     Ok(Some((gate.pass(top, &link.path, OsStr::from_bytes(name), "backing file")?, format)))
 }
 
+/// What a differencing VHD names as its parent: the first of its names that leads to a file. A parent with an identity is
+/// a VHD; one without is a raw disk.
+fn parent(
+    top: &Path,
+    link: &Link,
+    head: &vbd_vhd::format::Head,
+    gate: &Gate,
+) -> Result<Option<(PathBuf, Format)>> {
+    let Some(header) = head.header.as_ref().filter(|_| head.footer.kind == Kind::Differencing) else {
+        return Ok(None);
+    };
+    let image = || shown(link.path.as_os_str());
+    let file =
+        vbd_image::open::open(&link.path).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?.file;
+    let names = head.parent_names(&file).map_err(|error| bad_vhd(&error).of(image()))?;
+    let format = if header.parent_unique_id == [0; 16] { Format::Raw } else { Format::Vhd };
+    let mut first = None;
+    for name in names {
+        match gate.pass(top, &link.path, OsStr::new(&name.path), "parent") {
+            Ok(path) => return Ok(Some((path, format))),
+            Err(error) => {
+                // A file that the gate keeps back is of more interest than one that is not there.
+                let better = error.kind() != ErrorKind::Corrupt;
+                if better || first.is_none() {
+                    first = Some(error);
+                }
+            }
+        }
+    }
+    Err(first.unwrap_or_else(|| {
+        Error::new(ErrorKind::Corrupt, "does not say which file its parent is").of(image())
+    }))
+}
+
+fn bad_vhd(error: &vbd_vhd::format::FormatError) -> Error {
+    Error::new(ErrorKind::Corrupt, error.to_string())
+}
+
 pub(crate) fn malformed(error: qcow2::Error) -> Error {
     Error::new(ErrorKind::Corrupt, error.to_string())
+}
+
+/// An image of another program, which names no other.
+fn foreign_image(image: &vbd_image::open::Image, format: vbd_foreign::Format, plain: Link) -> Result<Link> {
+    let layout = vbd_foreign::read(format, &image.file, image.size).map_err(|error| {
+        let message = match crate::identify(&image.file, image.size) {
+            Ok(Some(other)) if other != format.to_string() => {
+                format!("is no {format} image: it begins like a {other} image; say its format")
+            }
+            _ => error.to_string(),
+        };
+        Error::new(ErrorKind::Corrupt, message).of(shown(plain.path.as_os_str()))
+    })?;
+    Ok(Link { size: layout.size(), details: Details::Foreign(layout.kind()), ..plain })
+}
+
+fn not_a_vhd(image: &vbd_image::open::Image, error: &vbd_vhd::format::FormatError) -> Error {
+    match crate::identify(&image.file, image.size) {
+        Ok(Some(other)) if other != Format::Vhd.name() => Error::new(
+            ErrorKind::Corrupt,
+            format!("is no VHD: it begins like a {other} image; say its format"),
+        ),
+        _ => bad_vhd(error),
+    }
 }
 
 /// Names what a file is instead, where it is something else that is known.

@@ -14,6 +14,14 @@ pub enum Format {
     Raw,
     /// QEMU's format: allocates as it is written to, stands on backing files, keeps snapshots.
     Qcow2,
+    /// Virtual PC's, Hyper-V's and Xen's format: fixed, growing, or on a parent; at most 2040 GiB.
+    Vhd,
+    /// VMware's format, for reading.
+    Vmdk,
+    /// VirtualBox's format, for reading.
+    Vdi,
+    /// Hyper-V's second format, for reading.
+    Vhdx,
 }
 
 /// A text that names no format that is known here.
@@ -22,30 +30,20 @@ pub struct FormatError {
     name: String,
 }
 
-/// What is known by name only, and what QEMU calls it.
-const OTHERS: [(&str, &str); 8] = [
-    ("qcow2", "qcow2"),
-    ("vhd", "vpc"),
-    ("vpc", "vpc"),
-    ("vhdx", "vhdx"),
-    ("vmdk", "vmdk"),
-    ("vdi", "vdi"),
-    ("qcow", "qcow"),
-    ("qed", "qed"),
-];
-
 impl fmt::Display for FormatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = &self.name;
-        match OTHERS.iter().find(|(other, _)| other == name) {
-            Some((_, qemu)) => write!(
+        // QEMU's older formats are known by name.
+        if name == "qcow" || name == "qed" {
+            return write!(
                 f,
-                "format `{name}` is not supported yet, only {}: \
-                 `qemu-img convert -f {qemu} -O raw IMAGE NEW` makes a raw image of it",
-                Format::names()
-            ),
-            None => write!(f, "unknown format `{}`: write {}", name.escape_debug(), Format::names()),
+                "format `{name}` is not supported: \
+                 `qemu-img convert -f {name} -O raw IMAGE NEW` makes a raw image of it"
+            );
         }
+        let names: Vec<_> = Format::ALL.iter().map(|format| format!("`{format}`")).collect();
+        let (last, rest) = names.split_last().expect("there are formats");
+        write!(f, "unknown format `{}`: it is {} or {last}", name.escape_debug(), rest.join(", "))
     }
 }
 
@@ -53,30 +51,33 @@ impl std::error::Error for FormatError {}
 
 impl Format {
     /// All that can be opened.
-    pub const ALL: [Format; 1] = [Format::Raw];
+    pub const ALL: [Format; 6] =
+        [Format::Raw, Format::Qcow2, Format::Vhd, Format::Vmdk, Format::Vdi, Format::Vhdx];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vhd => "vhd",
+            Format::Vmdk => "vmdk",
+            Format::Vdi => "vdi",
+            Format::Vhdx => "vhdx",
         }
     }
 
     /// Whether images of it can be written to, and made.
     pub fn is_writable(self) -> bool {
-        match self {
-            Format::Raw | Format::Qcow2 => true,
-        }
+        self.foreign().is_none()
     }
 
-    /// The names of all, for messages: "`raw` or `qcow2`".
-    fn names() -> String {
-        let names: Vec<_> = Self::ALL.iter().map(|format| format!("`{format}`")).collect();
-        match names.split_last() {
-            Some((last, [])) => last.clone(),
-            Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
-            None => String::new(),
+    /// What it is to the readers of other programs' images, where it is one of those.
+    pub(crate) fn foreign(self) -> Option<vbd_foreign::Format> {
+        match self {
+            Format::Raw | Format::Qcow2 | Format::Vhd => None,
+            Format::Vmdk => Some(vbd_foreign::Format::Vmdk),
+            Format::Vdi => Some(vbd_foreign::Format::Vdi),
+            Format::Vhdx => Some(vbd_foreign::Format::Vhdx),
         }
     }
 }
@@ -91,7 +92,9 @@ impl FromStr for Format {
     type Err = FormatError;
 
     fn from_str(name: &str) -> Result<Self, FormatError> {
-        let found = Self::ALL.into_iter().find(|format| format.name() == name);
+        // QEMU calls VHD by the name of the program that made it.
+        let known = if name == "vpc" { "vhd" } else { name };
+        let found = Self::ALL.into_iter().find(|format| format.name() == known);
         found.ok_or_else(|| FormatError { name: name.to_owned() })
     }
 }

@@ -23,6 +23,11 @@ impl Gate {
         Gate { allowed: allowed.into_iter().collect() }
     }
 
+    /// The directories that were allowed.
+    pub fn allowed(&self) -> &[PathBuf] {
+        &self.allowed
+    }
+
     /// The file that an image calls `name`: its real path. `top` is the image that was asked for, `image` the one of its
     /// chain whose file names another, as its `role` ("backing file").
     ///

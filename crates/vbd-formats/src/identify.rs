@@ -46,11 +46,12 @@ pub fn identify<S: ReadAt + ?Sized>(source: &S, size: u64) -> std::io::Result<Op
     Ok((len == 8 && cookie == *b"conectix").then_some("vhd"))
 }
 
-/// Refuses to take the file for raw, where nobody said what it is and it looks like something else.
+/// Refuses to take the file for raw, where nobody said what it is and it looks like something else. `option` is how the
+/// format is told.
 ///
 /// # Errors
 /// It cannot be read, or shows another format's header.
-pub fn assumed_raw(path: &Path) -> Result<()> {
+pub fn assumed_raw(path: &Path, option: &str) -> Result<()> {
     let name = || path.display().to_string();
     let image = vbd_image::open::open(path).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
     let found =
@@ -59,11 +60,11 @@ pub fn assumed_raw(path: &Path) -> Result<()> {
         None => Ok(()),
         Some(format) => {
             let say = match format.parse::<crate::Format>() {
-                Ok(format) => format!("say --format {format}"),
+                Ok(format) => format!("say {option} {format}"),
                 Err(error) => error.to_string(),
             };
             let message = format!(
-                "is a {format} image, it seems: {say}; or --format raw, if it is a guest that wrote that"
+                "is a {format} image, it seems: {say}; or {option} raw, if it is a guest that wrote that"
             );
             Err(Error::new(ErrorKind::Unsupported, message).of(name()))
         }

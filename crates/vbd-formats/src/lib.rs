@@ -4,6 +4,7 @@
 //! an image and of all that it names (backing files, data files), each of which passes a [`Gate`] first. The formats
 //! themselves open nothing but the file they are given.
 
+mod backing;
 mod chain;
 mod create;
 mod format;
@@ -11,9 +12,10 @@ mod gate;
 mod identify;
 mod open;
 
+pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
-pub use create::{NewImage, create};
+pub use create::{Kind, NewImage, VhdKind, backing_size, create};
 pub use format::{Format, FormatError};
 pub use gate::Gate;
 pub use identify::{assumed_raw, identify};
-pub use open::{ImageSpec, open};
+pub use open::{ImageSpec, open, open_on};

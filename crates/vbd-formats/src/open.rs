@@ -6,8 +6,13 @@ use std::time::Duration;
 
 use vbd_core::file::{Cache, Faults};
 use vbd_core::{Disk, Error, ErrorKind, Result};
+use vbd_foreign::{Foreign, ForeignOptions};
 use vbd_image::raw::{Raw, RawOptions};
 
+use vbd_qcow2::{Qcow2, Qcow2Options};
+use vbd_vhd::{Parent, Vhd, VhdOptions};
+
+use crate::chain::{Details, Link, chain, read};
 use crate::{Format, Gate};
 
 /// An image and how it is to be opened.
@@ -71,12 +76,98 @@ impl ImageSpec {
 /// # Errors
 /// The image or one that it names is missing, malformed, or kept back by the gate; or the format cannot do what is asked.
 pub fn open(spec: &ImageSpec) -> Result<Arc<dyn Disk>> {
+    let links = chain(&spec.path, spec.format, &spec.gate)?;
+    let mut disk = None;
+    let mut under: Option<&Link> = None;
+    for link in links.iter().skip(1).rev() {
+        let below = ImageSpec {
+            path: link.path.clone(),
+            format: link.format,
+            name: link.path.display().to_string(),
+            read_only: true,
+            faults: None,
+            ..spec.clone()
+        };
+        disk = Some(one(&below, link, disk, under)?);
+        under = Some(link);
+    }
+    let top = links.first().ok_or_else(|| Error::new(ErrorKind::Corrupt, "an image has no file"))?;
+    one(spec, top, disk, under)
+}
+
+/// Makes a disk of one image alone, to stand on a disk that is given whatever it names, or on nothing.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_on(spec: &ImageSpec, backing: Option<Arc<dyn Disk>>) -> Result<Arc<dyn Disk>> {
+    one(spec, &read(&spec.path, &spec.path, spec.format, &spec.gate)?, backing, None)
+}
+
+/// A disk of one file; `under` is what `backing` was made of.
+fn one(
+    spec: &ImageSpec,
+    link: &Link,
+    backing: Option<Arc<dyn Disk>>,
+    under: Option<&Link>,
+) -> Result<Arc<dyn Disk>> {
     if !spec.read_only && !spec.format.is_writable() {
         let message = format!("{} images can be read only: say --read-only, or convert it", spec.format);
         return Err(Error::new(ErrorKind::Unsupported, message).of(spec.path.display().to_string()));
     }
-    match spec.format {
-        Format::Raw => Ok(Raw::new(spec.raw())),
-        Format::Qcow2 => Err(Error::new(ErrorKind::Unsupported, "qcow2 images are not opened yet")),
+    match &link.details {
+        Details::Raw => Ok(Raw::new(spec.raw())),
+        Details::Qcow2(_) => {
+            let data_file = link.data_file.as_ref().map(|path| {
+                let disk: Arc<dyn Disk> = Raw::new(RawOptions {
+                    path: path.clone(),
+                    name: path.display().to_string(),
+                    ..spec.raw()
+                });
+                disk
+            });
+            Ok(Qcow2::new(Qcow2Options {
+                name: spec.name.clone(),
+                read_only: spec.read_only,
+                share: spec.share,
+                cache: spec.cache,
+                keep_space: spec.keep_space,
+                lease_wait: spec.lease_wait,
+                faults: spec.faults.clone(),
+                backing,
+                data_file,
+                ..Qcow2Options::new(&spec.path)
+            }))
+        }
+        Details::Foreign(_) => {
+            let format = spec.format.foreign().ok_or_else(|| {
+                let message = "was read as another format than it is to be opened as";
+                Error::new(ErrorKind::Corrupt, message).of(spec.path.display().to_string())
+            })?;
+            Ok(Foreign::new(ForeignOptions {
+                name: spec.name.clone(),
+                share: spec.share,
+                cache: spec.cache,
+                lease_wait: spec.lease_wait,
+                faults: spec.faults.clone(),
+                ..ForeignOptions::new(&spec.path, format)
+            }))
+        }
+        Details::Vhd(_) => {
+            let unique_id = match under.map(|link| &link.details) {
+                Some(Details::Vhd(head)) => Some(head.footer.unique_id),
+                _ => None,
+            };
+            Ok(Vhd::new(VhdOptions {
+                name: spec.name.clone(),
+                read_only: spec.read_only,
+                share: spec.share,
+                cache: spec.cache,
+                keep_space: spec.keep_space,
+                lease_wait: spec.lease_wait,
+                faults: spec.faults.clone(),
+                parent: backing.map(|disk| Parent { disk, unique_id }),
+                ..VhdOptions::new(&spec.path)
+            }))
+        }
     }
 }

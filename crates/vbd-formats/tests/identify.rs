@@ -28,7 +28,7 @@ fn what_qemu_makes_is_not_taken_for_raw_unasked() {
         let file = std::fs::File::open(&path).unwrap();
         let size = file.metadata().unwrap().len();
         assert_eq!(identify(&file, size).unwrap(), Some(name), "{format} {options}");
-        let error = assumed_raw(&path).unwrap_err().to_string();
+        let error = assumed_raw(&path, "--format").unwrap_err().to_string();
         assert!(error.contains(&format!("is a {name} image")) && error.contains("--format raw"), "{error}");
     }
 }
@@ -39,8 +39,13 @@ fn anything_else_may_be_raw() {
     let path = dir.path().join("disk");
     for bytes in [&b""[..], b"QF", &[0; 511], &[0; 4096], b"conecti", &[0xff; 1024]] {
         std::fs::write(&path, bytes).unwrap();
-        assumed_raw(&path).unwrap();
+        assumed_raw(&path, "--format").unwrap();
         assert_eq!(identify(bytes, bytes.len() as u64).unwrap(), None);
     }
-    assert!(assumed_raw(&dir.path().join("missing")).unwrap_err().to_string().contains("no such file"));
+    assert!(
+        assumed_raw(&dir.path().join("missing"), "--format")
+            .unwrap_err()
+            .to_string()
+            .contains("no such file")
+    );
 }

@@ -86,23 +86,25 @@ pub struct Conversion {
 /// The source cannot be read, the target cannot be made, or the job was stopped. What there is of the new image stays
 /// for the next time, except where it could not be begun.
 pub fn convert(
-    source: &ImageSpec,
+    source_spec: &ImageSpec,
     target: &Path,
     options: &ConvertOptions,
     progress: &dyn Progress,
 ) -> Result<Conversion> {
-    let files = sources(source)?;
-    let source = Image::open(&ImageSpec { read_only: true, ..source.clone() })?;
+    let files = sources(source_spec)?;
+    let source = Image::open(&ImageSpec { read_only: true, ..source_spec.clone() })?;
     let mut image = options.target.clone();
     image.size = source.size();
     create::may_publish(target, image.replace)?;
+    let base = base(&image, target, source_spec)?;
     let draft = Draft::new(target);
     let journal = Journal::new(files, format!("{image:?}"));
     let (done, journal) = draft.begin(journal, options.leftover, &image)?;
     let spec = ImageSpec {
         cache: options.cache,
         lease_wait: Duration::ZERO,
-        ..ImageSpec::new(&draft.path, image.format)
+        gate: image.gate(target, &source_spec.gate)?,
+        ..ImageSpec::new(&draft.path, image.format())
     };
     let fill = || -> Result<u64> {
         let made = Image::open(&spec)?;
@@ -110,7 +112,7 @@ pub fn convert(
         let copy = Copy {
             source: &source,
             target: &made,
-            base: None,
+            base: base.as_deref(),
             threads: options.threads,
             ordered: options.ordered,
         };
@@ -138,6 +140,13 @@ pub fn convert(
     let _ = fs::remove_file(&draft.journal);
     sync_directory(target).map_err(Error::io(target, "make its name durable"))?;
     Ok(Conversion { size: source.size(), written, resumed_at: done })
+}
+
+/// What the new image stands on, where it does.
+fn base(image: &NewImage, target: &Path, source: &ImageSpec) -> Result<Option<Image>> {
+    let Some((path, format)) = image.backing(target)? else { return Ok(None) };
+    let gate = image.gate(target, &source.gate)?;
+    Ok(Some(Image::open(&ImageSpec { gate, ..ImageSpec::new(path, format).read_only() })?))
 }
 
 /// Every file that the source is made of.

@@ -3,18 +3,25 @@
 //! Jobs block and run on the caller's threads; [`Image`] opens a disk for them, with a reactor of its own.
 
 pub mod backup;
+mod commit;
 mod compare;
 mod convert;
 mod copy;
 mod error;
 mod image;
 mod journal;
+mod layers;
 mod progress;
 mod ranges;
+mod rebase;
+mod size;
 mod zeroes;
 
+pub use commit::{Committed, commit};
 pub use compare::{Compared, Difference, compare};
 pub use convert::{Conversion, ConvertOptions, Leftover, convert};
 pub use error::{Error, Result};
 pub use image::Image;
 pub use progress::{Progress, Silent};
+pub use rebase::{NewBacking, rebase, rebase_unsafe};
+pub use size::{Measured, measure, resize};

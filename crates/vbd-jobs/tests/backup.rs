@@ -53,7 +53,7 @@ impl Bench {
         let store = Store::open(&self.dir.path().join("store"), Use::Shared).unwrap();
         let manifest = store.manifest("disk", name).unwrap();
         let target = self.dir.path().join("restored");
-        let new = NewImage { format: Format::Raw, size: manifest.size, replace: true };
+        let new = NewImage { replace: true, ..NewImage::new(Format::Raw, manifest.size).unwrap() };
         restore(&store, &manifest, &target, &new, 2, &Silent).unwrap();
         fs::read(&target).unwrap()
     }
@@ -200,7 +200,7 @@ fn damage_is_found_and_named_and_nothing_is_restored_of_it() {
     let path = store.path().join("chunks").join(&name[..2]).join(&name[2..]);
     let good = fs::read(&path).unwrap();
     let target = bench.dir.path().join("new");
-    let new = NewImage { format: Format::Raw, size: 0, replace: false };
+    let new = NewImage::new(Format::Raw, 0).unwrap();
     let mut other = vec![0; usize::try_from(MIB).unwrap()];
     other[0] = 7;
     let wrong = [

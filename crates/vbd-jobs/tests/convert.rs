@@ -39,7 +39,7 @@ fn source(dir: &Path) -> (PathBuf, Vec<u8>) {
 }
 
 fn to_raw() -> ConvertOptions {
-    ConvertOptions::new(NewImage { format: Format::Raw, size: 0, replace: false })
+    ConvertOptions::new(NewImage::new(Format::Raw, 0).unwrap())
 }
 
 fn leftovers(dir: &Path) -> Vec<String> {

@@ -27,8 +27,8 @@ impl Bar {
     }
 }
 
-impl Progress for Bar {
-    fn step(&mut self, step: Step, total: Option<u64>) {
+impl Bar {
+    fn show(&self, step: &str, total: Option<u64>) {
         let template = match total.filter(|&total| total > 0) {
             Some(total) => {
                 self.bar.set_length(total);
@@ -44,7 +44,13 @@ impl Progress for Bar {
         }
         self.bar.set_position(0);
         self.bar.reset_elapsed();
-        self.bar.set_message(step.to_string());
+        self.bar.set_message(step.to_owned());
+    }
+}
+
+impl Progress for Bar {
+    fn step(&mut self, step: Step, total: Option<u64>) {
+        self.show(&step.to_string(), total);
     }
 
     fn advance(&mut self, bytes: u64) {
@@ -57,6 +63,20 @@ impl Progress for Bar {
 
     fn cancel(&self) -> Cancel {
         self.cancel.clone()
+    }
+}
+
+impl vbd_jobs::Progress for Bar {
+    fn step(&self, step: &str, total: u64) {
+        self.show(step, Some(total));
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancel.requested()
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use super::model::Access;
 use super::vdev::Vdev;
 
-/// The format that a specification names. Only raw is served; the others are known to name them in errors.
+/// The format that a specification names. Those that are not served are known to name them in errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskFormat {
     /// The bytes of the disk, one to one.

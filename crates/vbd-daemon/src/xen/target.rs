@@ -66,7 +66,8 @@ mod tests {
         }
         assert!(parse("w!:/srv/shared").unwrap().forced);
         assert_eq!(parse("/srv/a:b").unwrap().path, Path::new("/srv/a:b"), "a colon in a path is its own");
-        assert!(parse("qcow2:/srv/a").unwrap_err().contains("qemu-img convert"));
+        assert_eq!(parse("tap:qcow2:/srv/a").unwrap().format, Format::Qcow2);
+        assert!(parse("qed:/srv/a").unwrap_err().contains("qemu-img convert"));
         assert!(parse("nonsense:/srv/a").unwrap_err().contains("unknown format `nonsense`"));
         for relative in ["", "vm1disk", "raw:", "vg/root"] {
             assert!(parse(relative).unwrap_err().contains("no absolute path"), "{relative}");

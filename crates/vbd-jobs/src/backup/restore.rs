@@ -102,7 +102,7 @@ fn fill(
     progress: &dyn Progress,
 ) -> Result<u64> {
     vbd_formats::create(draft, &NewImage { size: manifest.size, replace: true, ..image.clone() })?;
-    let disk = Image::open(&ImageSpec::new(draft, image.format))?;
+    let disk = Image::open(&ImageSpec::new(draft, image.format()))?;
     progress.step("restoring", manifest.size);
     let written = AtomicU64::new(0);
     in_parallel(manifest.chunks.len(), threads, progress, |index| {

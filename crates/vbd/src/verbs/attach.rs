@@ -112,7 +112,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         DiskConfig::check_serial(serial).map_err(|message| UsageError(format!("--serial: {message}")))?;
     }
 
-    let format = super::format_of(&args.file, args.format)?;
+    let format = super::format_of(&args.file, args.format, "--format")?;
     let mut disk = DiskConfig::new(&name, args.file);
     disk.format = format;
     disk.allow_dirs = args.allow_dir;

@@ -4,11 +4,14 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use serde::Serialize;
+use vbd_formats::{Format, Link};
 use vbd_image::info::{DirectIo, Info};
 use vbd_image::open::Kind;
 use vbd_image::probe::{Filesystem, Table, TableKind};
 use vbd_image::size::Human;
 
+use super::image::GateArgs;
 use crate::output;
 
 /// Say what a disk file is, what is in it and who uses it.
@@ -19,18 +22,79 @@ pub(crate) struct Args {
     /// Print JSON, sizes in bytes
     #[arg(long)]
     json: bool,
+    /// The format of the file; unless said, what its header looks like, which is good enough to be shown
+    #[arg(long)]
+    format: Option<Format>,
+    #[command(flatten)]
+    gate: GateArgs,
+}
+
+/// All of it, for programs.
+#[derive(Serialize)]
+struct Object {
+    #[serde(flatten)]
+    info: Info,
+    format: Format,
+    /// The images of the disk, the one that was named first.
+    chain: Vec<LinkObject>,
+    /// Why the chain is not complete.
+    chain_problem: Option<String>,
+    /// What a qcow2 image says of itself.
+    qcow2: Option<vbd_qcow2::info::Info>,
+}
+
+#[derive(Serialize)]
+struct LinkObject {
+    path: String,
+    format: Format,
+    size: u64,
+    data_file: Option<String>,
+    backing: Option<String>,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let info = Info::of(&args.file)?;
-    if args.json {
-        return output::print_json(&info);
+    let mut info = Info::of(&args.file)?;
+    let image = vbd_image::open::open(&args.file)?;
+    let format = match args.format {
+        Some(format) => format,
+        None => vbd_formats::identify(&image.file, image.size)?
+            .and_then(|name| name.parse().ok())
+            .unwrap_or(Format::Raw),
+    };
+    let (chain, problem) = vbd_formats::broken_chain(&args.file, format, &args.gate.gate());
+    let qcow2 = match format {
+        Format::Qcow2 => vbd_qcow2::info::read(&image.file).ok(),
+        _ => None,
+    };
+    if let Some(top) = chain.first().filter(|_| format != Format::Raw) {
+        info.virtual_size = top.size;
     }
-    output::print(&text(&info)?).context("standard output")
+    let object = Object {
+        info,
+        format,
+        chain: chain.iter().map(link).collect(),
+        chain_problem: problem.map(|error| error.to_string()),
+        qcow2,
+    };
+    if args.json {
+        return output::print_json(&object);
+    }
+    output::print(&text(&object)?).context("standard output")
+}
+
+fn link(link: &Link) -> LinkObject {
+    LinkObject {
+        path: link.path.display().to_string(),
+        format: link.format,
+        size: link.size,
+        data_file: link.data_file.as_ref().map(|path| path.display().to_string()),
+        backing: link.backing.clone(),
+    }
 }
 
 /// The form for people: a fact on each line.
-fn text(info: &Info) -> Result<String, std::fmt::Error> {
+fn text(object: &Object) -> Result<String, std::fmt::Error> {
+    let info = &object.info;
     let mut out = String::new();
     let mut line = |name: &str, value: String| {
         // Names and labels are others' words; what could steer a terminal is shown as a question mark.
@@ -57,7 +121,15 @@ fn text(info: &Info) -> Result<String, std::fmt::Error> {
         line("data", format!("{parts} ({} {extents})", info.extents))?;
     }
 
+    if object.format != Format::Raw {
+        for (name, value) in image(object) {
+            line(name, value)?;
+        }
+    }
+
     match &info.contents.filesystem {
+        // What begins there is the format itself.
+        _ if object.format != Format::Raw => {}
         Some(filesystem) => line("filesystem", describe(filesystem))?,
         None if info.contents.table.is_none() => line("filesystem", "none found".to_owned())?,
         None => {}
@@ -100,6 +172,61 @@ fn text(info: &Info) -> Result<String, std::fmt::Error> {
         line(if number == 0 { "in use by" } else { "" }, user)?;
     }
     Ok(out)
+}
+
+/// What an image of a format with a header of its own says: a fact each.
+fn image(object: &Object) -> Vec<(&'static str, String)> {
+    let mut facts = Vec::new();
+    let mut add = |name, value| facts.push((name, value));
+    match &object.qcow2 {
+        Some(image) => {
+            let mut text = format!(
+                "{}, version {}, clusters of {}, refcounts of {} bits, {} for compression",
+                object.format,
+                image.version,
+                Human(image.cluster_size),
+                image.refcount_bits,
+                image.compression
+            );
+            let words = [
+                (image.lazy_refcounts, "lazy refcounts"),
+                (image.extended_l2, "subclusters"),
+                (image.encryption.is_some(), "encrypted"),
+                (image.dirty, "not closed cleanly"),
+                (image.corrupt, "marked as corrupt"),
+            ];
+            words.iter().filter(|(is, _)| *is).for_each(|(_, word)| {
+                text += ", ";
+                text += word;
+            });
+            add("format", text);
+            for (number, snapshot) in image.snapshots.iter().enumerate() {
+                let name = if number == 0 { "snapshots" } else { "" };
+                add(name, format!("{} \"{}\", {}", snapshot.id, snapshot.name, Human(snapshot.disk_size)));
+            }
+            for (number, bitmap) in image.bitmaps.iter().enumerate() {
+                let name = if number == 0 { "bitmaps" } else { "" };
+                let state = match (bitmap.in_use, bitmap.enabled) {
+                    (true, _) => "not saved, so it says nothing",
+                    (_, true) => "enabled",
+                    (_, false) => "disabled",
+                };
+                add(name, format!("\"{}\", {} a bit, {state}", bitmap.name, Human(bitmap.granularity)));
+            }
+            image.unknown_features.iter().chain(&image.problems).for_each(|problem| add("", problem.clone()));
+        }
+        None => add("format", object.format.to_string()),
+    }
+    for (number, link) in object.chain.iter().enumerate() {
+        if let Some(data) = &link.data_file {
+            add("data file", data.clone());
+        }
+        if number > 0 {
+            add("stands on", format!("{} ({}, {})", link.path, link.format, Human(link.size)));
+        }
+    }
+    object.chain_problem.iter().for_each(|problem| add("", problem.clone()));
+    facts
 }
 
 fn describe(filesystem: &Filesystem) -> String {

@@ -4,21 +4,29 @@ mod attach;
 mod build;
 mod check;
 mod clone;
+mod commit;
 mod compact;
+mod compare;
 mod completions;
 mod control;
+mod convert;
 mod create;
 mod detach;
 mod disk;
 mod grow;
+mod image;
 mod info;
 mod inside;
 mod list;
 mod man;
 mod map;
+mod measure;
+mod rebase;
+mod resize;
 mod seed;
 mod serving;
 mod shrink;
+mod snapshot;
 mod stat;
 mod up;
 mod xen;
@@ -27,24 +35,32 @@ use std::path::Path;
 
 use vbd_formats::Format;
 
-/// The format of a file: the one that was told, or raw, if the file does not look like something else.
-fn format_of(file: &Path, told: Option<Format>) -> anyhow::Result<Format> {
+/// The format of a file: the one that was told with `option`, or raw, if the file does not look like something else.
+fn format_of(file: &Path, told: Option<Format>, option: &str) -> anyhow::Result<Format> {
     if let Some(format) = told {
         return Ok(format);
     }
-    vbd_formats::assumed_raw(file)?;
+    vbd_formats::assumed_raw(file, option)?;
     Ok(Format::Raw)
 }
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Verb {
-    Create(create::Args),
+    Create(Box<create::Args>),
     Build(Box<build::Args>),
     #[command(name = "__build-stage", hide = true)]
     BuildStage,
     Seed(seed::Args),
     Info(info::Args),
     Map(map::Args),
+    Convert(Box<convert::Args>),
+    Compare(compare::Args),
+    Measure(Box<measure::Args>),
+    Resize(resize::Args),
+    Snapshot(snapshot::Args),
+    Rebase(rebase::Args),
+    Flatten(rebase::FlattenArgs),
+    Commit(commit::Args),
     Check(check::Args),
     Compact(compact::Args),
     Clone(Box<clone::Args>),
@@ -79,12 +95,20 @@ pub(crate) enum Verb {
 impl Verb {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
-            Verb::Create(args) => create::run(args),
+            Verb::Create(args) => create::run(*args),
             Verb::Build(args) => build::run(*args),
             Verb::BuildStage => Ok(vbd_fs::serve_stage()?),
             Verb::Seed(args) => seed::run(args),
             Verb::Info(args) => info::run(args),
             Verb::Map(args) => map::run(args),
+            Verb::Convert(args) => convert::run(*args),
+            Verb::Compare(args) => compare::run(args),
+            Verb::Measure(args) => measure::run(*args),
+            Verb::Resize(args) => resize::run(args),
+            Verb::Snapshot(args) => snapshot::run(args),
+            Verb::Rebase(args) => rebase::run(args),
+            Verb::Flatten(args) => rebase::flatten(args),
+            Verb::Commit(args) => commit::run(args),
             Verb::Check(args) => check::run(args),
             Verb::Compact(args) => compact::run(args),
             Verb::Clone(args) => clone::run(*args),

@@ -124,7 +124,7 @@ fn names_and_numbers_that_cannot_be_are_usage_errors() {
     attach(&["--queues", "129"]).refused(2, &["--queues"]);
     attach(&["--nbd", "nowhere"]).refused(2, &["--nbd", "port"]);
     attach(&["--cache", "some"]).refused(2, &["writethrough"]);
-    attach(&["--format", "qcow2"]).refused(2, &["qemu-img convert"]);
+    attach(&["--format", "qed"]).refused(2, &["qemu-img convert"]);
     attach(&["--read-only", "--force-lease"]).refused(2, &["--force-lease"]);
 }
 

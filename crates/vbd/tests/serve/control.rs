@@ -188,7 +188,7 @@ fn disks_are_added_over_the_socket() {
         (serde_json::json!({ "path": more, "name": "other", "nbd": "more", "access": "r" }), 409, "more"),
         (serde_json::json!({ "path": "more", "nbd": "x" }), 400, "absolute"),
         (serde_json::json!({ "path": more, "name": "x" }), 400, "front-end"),
-        (serde_json::json!({ "path": more, "name": "x", "nbd": "x", "format": "qcow2" }), 400, "qcow2"),
+        (serde_json::json!({ "path": more, "name": "x", "nbd": "x", "format": "qed" }), 400, "qed"),
         (serde_json::json!({ "path": more, "nbd": "x", "unheard-of": 1 }), 400, "unheard-of"),
         (serde_json::json!({ "path": scratch.path("missing"), "nbd": "x" }), 500, "missing"),
     ] {

@@ -174,8 +174,11 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         ("[[disk]]\npath = '/'", "2:8 / names no file"),
         ("[[disk]]\npath = \"/a\\u0000\"", "2:8 a path has no NUL character in it"),
         ("[[disk]]\npath = '/a'\nname = 'b/c'", "3:8 a disk's name has no `/` in it"),
-        ("[[disk]]\npath = '/a'\nformat = 'qcow2'", "3:10 format `qcow2` is not supported yet, only `raw`"),
-        ("[[disk]]\npath = '/a'\nformat = 'x'", "3:10 unknown format `x`: write `raw`"),
+        ("[[disk]]\npath = '/a'\nformat = 'qed'", "3:10 format `qed` is not supported: `qemu-img convert"),
+        (
+            "[[disk]]\npath = '/a'\nformat = 'x'",
+            "3:10 unknown format `x`: it is `raw`, `qcow2`, `vhd`, `vmdk`, `vdi` or `vhdx`",
+        ),
         ("[[disk]]\npath = '/a'\naccess = 'x'", "3:10 unknown access `x`: it is `r`, `w`, or `w!`"),
         (
             "[[disk]]\npath = '/a'\ncache = 'x'",

@@ -193,8 +193,8 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
             "1:30 unknown access `x`: it is `r`, `w`, or `w!` for a disk with several writers",
         ),
         (
-            "disk = [ 'tap:qcow2:/a,xvda,w' ]",
-            "1:15 format `qcow2` is not supported yet, only `raw`: `qemu-img convert -f qcow2 -O raw IMAGE NEW` makes a raw image of it",
+            "disk = [ 'tap:qcow:/a,xvda,w' ]",
+            "1:15 format `qcow` is not supported: `qemu-img convert -f qcow -O raw IMAGE NEW` makes a raw image of it",
         ),
         (
             "disk = [ 'nbd:host,xvda,w' ]",

@@ -1,0 +1,110 @@
+//! How large images are, would be, and are to be.
+
+use std::os::fd::AsFd;
+
+use vbd_core::{ExtentKind, SECTOR};
+use vbd_formats::{Format, ImageSpec, Kind, NewImage};
+use vbd_image::lease::{self, Lease, Mode};
+
+use crate::{Error, Image, Result};
+
+/// What an image would take, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measured {
+    /// With what it is to hold.
+    pub required: u64,
+    /// When all of it was written.
+    pub full: u64,
+}
+
+/// Tells what a new image would take: with the content of `source`, or else empty.
+///
+/// # Errors
+/// The source cannot be read, or there can be no such image.
+pub fn measure(source: Option<&ImageSpec>, mut image: NewImage) -> Result<Measured> {
+    let source = source.map(|spec| Image::open(&spec.clone().read_only())).transpose()?;
+    if let Some(source) = &source {
+        image.size = source.size();
+    }
+    let mut ranges = Vec::new();
+    if let Some(source) = &source {
+        source.parts(0, source.size(), |offset, len, kind| {
+            if kind == ExtentKind::Data {
+                ranges.push((offset, len));
+            }
+            Ok::<_, Error>(())
+        })?;
+    }
+    match &image.kind {
+        Kind::Raw { preallocate } => {
+            let data = if *preallocate { image.size } else { ranges.iter().map(|(_, len)| len).sum() };
+            Ok(Measured { required: data, full: image.size })
+        }
+        Kind::Vhd(kind) => {
+            // Header, footer at both ends, and an entry of the table a block; a block has a bitmap of a bit a sector.
+            let block = u64::from(kind.block_size.unwrap_or(2 << 20));
+            let blocks = image.size.div_ceil(block);
+            let bitmap = (block / SECTOR / 8).next_multiple_of(SECTOR);
+            let tables = 2 * SECTOR + 1024 + (blocks * 4).next_multiple_of(SECTOR);
+            let full = if kind.fixed { image.size + SECTOR } else { tables + blocks * (bitmap + block) };
+            let mut touched: Vec<u64> = ranges
+                .iter()
+                .flat_map(|(offset, len)| offset / block..(offset + len).div_ceil(block))
+                .collect();
+            touched.dedup();
+            let required = if kind.fixed { full } else { tables + touched.len() as u64 * (bitmap + block) };
+            Ok(Measured { required, full })
+        }
+        Kind::Qcow2(options) => {
+            let options =
+                vbd_qcow2::CreateOptions { size: image.size, ..vbd_qcow2::CreateOptions::clone(options) };
+            let refused = |error: vbd_qcow2::CreateError| Error::Refused(error.to_string());
+            let mut measure = vbd_qcow2::Measure::new(&options).map_err(refused)?;
+            ranges.iter().for_each(|(offset, len)| measure.add(*offset, *len));
+            let measured = measure.finish();
+            Ok(Measured { required: measured.required, full: measured.full })
+        }
+    }
+}
+
+/// Gives the disk in an image another size: `size` makes the new one of the old. Gives both.
+///
+/// # Errors
+/// The image is in use, there is no room, or it would become smaller and that was not said, or cannot be done.
+pub fn resize(spec: &ImageSpec, size: impl FnOnce(u64) -> Option<u64>, shrink: bool) -> Result<(u64, u64)> {
+    let name = spec.path.display();
+    let (before, after) = {
+        let image = Image::open(spec)?;
+        let before = image.size();
+        let after = size(before).and_then(|after| after.checked_next_multiple_of(SECTOR));
+        let after = after.ok_or_else(|| Error::Refused(format!("{name}: no disk can be that large")))?;
+        if after >= before {
+            image.session().grow(after)?;
+            image.flush()?;
+            return Ok((before, after));
+        }
+        (before, after)
+    };
+    if !shrink {
+        let message = "what is beyond the new size would be lost: say --shrink, if that is meant";
+        return Err(Error::Refused(format!("{name}: has {before} bytes; {message}")));
+    }
+    if spec.format != Format::Raw {
+        let format = spec.format;
+        let message =
+            format!("{name}: {format} images do not become smaller yet; convert it to a smaller one");
+        return Err(Error::Refused(message));
+    }
+    let image =
+        vbd_image::open::open_to_write(&spec.path).map_err(|error| Error::Refused(error.to_string()))?;
+    if image.kind == vbd_image::open::Kind::Block {
+        return Err(Error::Refused(format!("{name}: is a block device: its size is not ours to change")));
+    }
+    let options = lease::Options { wait: spec.lease_wait, ..lease::Options::default() };
+    let lease = Lease::acquire(image.file.as_fd(), &spec.path, Mode::Write, options)
+        .map_err(|error| Error::Refused(error.to_string()))?;
+    image.file.set_len(after).map_err(Error::io(&spec.path, "cut it off"))?;
+    image.file.sync_all().map_err(Error::io(&spec.path, "make it durable"))?;
+    drop(lease);
+    Ok((before, after))
+}

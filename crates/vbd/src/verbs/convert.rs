@@ -1,0 +1,96 @@
+//! `vbd convert`.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use vbd_formats::{Format, ImageSpec};
+use vbd_image::size::Human;
+use vbd_jobs::{ConvertOptions, Leftover};
+
+use super::image::{GateArgs, KindArgs};
+use crate::output::{print, print_json};
+use crate::progress::{Bar, stop_on_signals};
+
+/// Make an image anew, in another format or as another file: as sparse as it can be, and only whole.
+///
+/// The new image takes its name when all of it is durable. One that was interrupted, by a power cut too, goes on with
+/// --resume.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The image to read, with all that it stands on; nobody may be writing to it
+    source: PathBuf,
+    /// The file to make
+    target: PathBuf,
+    /// The format of the image that is read, raw unless said; it is never guessed
+    #[arg(long, value_name = "FORMAT")]
+    from: Option<Format>,
+    /// The format of the new image
+    #[arg(long, value_name = "FORMAT", default_value_t = Format::Raw)]
+    to: Format,
+    #[command(flatten)]
+    kind: KindArgs,
+    /// Replace an existing file, unless it is in use
+    #[arg(long)]
+    force: bool,
+    /// Threads that read and write
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
+    threads: u8,
+    /// Write in whatever order is quickest, instead of the disk's
+    #[arg(long)]
+    unordered: bool,
+    /// Read the new image back and compare
+    #[arg(long)]
+    verify: bool,
+    /// Go on where an interrupted conversion stopped
+    #[arg(long, conflicts_with = "restart")]
+    resume: bool,
+    /// Begin anew where a conversion was interrupted
+    #[arg(long)]
+    restart: bool,
+    /// Print JSON, sizes in bytes
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    gate: GateArgs,
+}
+
+/// What came of it, for programs.
+#[derive(Serialize)]
+struct Object {
+    size: u64,
+    written: u64,
+    resumed_at: u64,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let format = super::format_of(&args.source, args.from, "--from")?;
+    let source = ImageSpec { gate: args.gate.gate(), ..ImageSpec::new(&args.source, format) };
+    let image = args.kind.image(&args.target, args.to, args.force)?;
+    let options = ConvertOptions {
+        threads: args.threads.into(),
+        ordered: !args.unordered,
+        verify: args.verify,
+        leftover: match (args.resume, args.restart) {
+            (true, _) => Leftover::Resume,
+            (_, true) => Leftover::Restart,
+            _ => Leftover::Refuse,
+        },
+        ..ConvertOptions::new(image)
+    };
+    let bar = Bar::new(stop_on_signals());
+    let result = vbd_jobs::convert(&source, &args.target, &options, &bar);
+    bar.clear();
+    let done = result?;
+    if args.json {
+        return print_json(&Object { size: done.size, written: done.written, resumed_at: done.resumed_at });
+    }
+    let resumed =
+        if done.resumed_at > 0 { format!(" from {} on", Human(done.resumed_at)) } else { String::new() };
+    let text = format!(
+        "{}: {}, {} written{resumed}\n",
+        args.target.display(),
+        Human(done.size),
+        Human(done.written)
+    );
+    Ok(print(&text)?)
+}
