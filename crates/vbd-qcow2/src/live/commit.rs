@@ -161,15 +161,17 @@ impl Image {
 
     async fn carry_out(&self, io: &Io, turn: &Guard) -> Result<()> {
         let l1 = self.l1();
-        let (mut taken, tables) = {
+        let (mut taken, tables, l1_parts) = {
+            // With the lock, under which entries are set: what is set later must not reach the disk by this commit.
             let mut pending = self.pending();
+            let parts = l1_parts(&l1, pending.l1.keys().copied());
             let taken = Taken {
                 image: self,
                 l1: std::mem::take(&mut pending.l1),
                 tables: Vec::new(),
                 freed: std::mem::take(&mut pending.freed),
             };
-            (taken, std::mem::take(&mut pending.tables))
+            (taken, std::mem::take(&mut pending.tables), parts)
         };
         let mut pieces = Vec::new();
         for table in tables {
@@ -191,7 +193,9 @@ impl Image {
             if taken.l1.values().any(|needs_sync| *needs_sync) {
                 self.sync_file(io).await?;
             }
-            self.write_l1(io, &l1, taken.l1.keys().copied(), turn).await?;
+            let offset = self.header().l1_offset;
+            all(l1_parts.into_iter().map(|(at, part)| io.write(offset + at, part, turn.clone())).collect())
+                .await?;
         }
         if changed {
             self.sync_file(io).await?;
@@ -203,30 +207,6 @@ impl Image {
             self.pending().reclaimable.extend(freed);
         }
         Ok(())
-    }
-
-    /// Writes the parts of the L1 table that these entries are in.
-    async fn write_l1(
-        &self,
-        io: &Io,
-        l1: &Arc<L1>,
-        indices: impl Iterator<Item = u64>,
-        turn: &Guard,
-    ) -> Result<()> {
-        let offset = self.header().l1_offset;
-        let mut parts: Vec<u64> = indices.map(|index| index * 8 / PIECE as u64).collect();
-        parts.dedup();
-        let mut writes = Vec::new();
-        for part in parts {
-            let first = part * PIECE as u64 / 8;
-            let count = (l1.len() as u64 - first).min(PIECE as u64 / 8);
-            let mut buffer = Buffer::new(super::io::bytes(count * 8));
-            for (index, bytes) in (first..).zip(buffer.bytes_mut().chunks_exact_mut(8)) {
-                bytes.copy_from_slice(&l1.get(index).0.to_be_bytes());
-            }
-            writes.push(io.write(offset + first * 8, buffer, turn.clone()));
-        }
-        all(writes).await
     }
 
     /// Gives clusters back whose last reference is durably gone, once nobody uses them, in a task of its own.
@@ -264,4 +244,20 @@ impl Image {
             }
         });
     }
+}
+
+/// The parts of the L1 table that these entries are in, as they are now, each with its place in the table (bytes).
+fn l1_parts(l1: &L1, indices: impl Iterator<Item = u64>) -> Vec<(u64, Buffer)> {
+    let mut parts: Vec<u64> = indices.map(|index| index * 8 / PIECE as u64).collect();
+    parts.dedup();
+    let part = |part: u64| {
+        let first = part * PIECE as u64 / 8;
+        let count = (l1.len() as u64 - first).min(PIECE as u64 / 8);
+        let mut buffer = Buffer::new(super::io::bytes(count * 8));
+        for (index, bytes) in (first..).zip(buffer.bytes_mut().chunks_exact_mut(8)) {
+            bytes.copy_from_slice(&l1.get(index).0.to_be_bytes());
+        }
+        (first * 8, buffer)
+    };
+    parts.into_iter().map(part).collect()
 }

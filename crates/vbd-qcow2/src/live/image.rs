@@ -327,13 +327,17 @@ impl Image {
             self.tables.add(&table);
         }
         let fresh = is_new && zeroed;
-        if !fresh {
-            (0..table.pieces()).for_each(|piece| table.dirty.mark(piece));
-            self.list(&table);
-        }
-        l1.set(index, L1Entry::new(start << self.layout.cluster_bits, true));
         {
+            // At once for commits: one that found the table without its place would write it where it is not, and one that
+            // found the place without its table would write an entry that leads nowhere yet.
             let mut pending = self.pending();
+            if !fresh {
+                (0..table.pieces()).for_each(|piece| table.dirty.mark(piece));
+                if !table.listed.swap(true, Ordering::SeqCst) {
+                    pending.tables.push(table.clone());
+                }
+            }
+            l1.set(index, L1Entry::new(start << self.layout.cluster_bits, true));
             pending.l1.insert(index, !fresh);
             if old.offset() != 0 {
                 pending.freed.push(old.offset() >> self.layout.cluster_bits);
