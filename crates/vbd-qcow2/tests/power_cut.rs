@@ -4,11 +4,12 @@
 
 mod images;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use images::Files;
 use vbd_core::Session;
-use vbd_ring::EngineKind;
+use vbd_core::file::{Fault, Faults};
+use vbd_ring::{EngineKind, Op};
 use vbd_testing::client::Client;
 use vbd_testing::power::{Cut, Expected, FileRecorder, Load, Recording, SECTOR, drive, stamp_of};
 use vbd_testing::qcow2::{Image, incompatible};
@@ -42,13 +43,32 @@ impl Run {
         let expected = Expected::new(files.first());
         let mut run = Run { seed, files, recording, expected, snapshots: Vec::new() };
         for _ in 0..2 {
-            run.session(&recorders, random);
+            run.session(&recorders, random, None);
         }
         run
     }
 
-    fn session(&mut self, recorders: &[Arc<FileRecorder>], random: &mut Random) {
+    /// The same on storage that fails now and then, as `faults` has it, once the image is open.
+    fn failing(seed: u64, shape: Shape, backed: bool, random: &mut Random, faults: &Arc<dyn Faults>) -> Self {
+        println!("seed {seed}: {shape:?}, backed: {backed}");
+        let files = Files::new(shape, backed, random);
+        let recording = Recording::new();
+        let recorders: Vec<_> = files.bytes().into_iter().map(|bytes| recording.file(bytes)).collect();
+        let expected = Expected::new(files.first());
+        let mut run = Run { seed, files, recording, expected, snapshots: Vec::new() };
+        run.session(&recorders, random, None);
+        run.session(&recorders, random, Some(faults));
+        run
+    }
+
+    fn session(
+        &mut self,
+        recorders: &[Arc<FileRecorder>],
+        random: &mut Random,
+        faults: Option<&Arc<dyn Faults>>,
+    ) {
         let session = self.files.open(Some(recorders[0].clone()), recorders.get(1).cloned());
+        recorders.iter().for_each(|recorder| recorder.set_faults(faults.cloned()));
         let clients =
             [Client::on_disk(EngineKind::Auto, &session), Client::on_disk(EngineKind::Auto, &session)];
         let sectors = self.files.shape.size / 512;
@@ -56,9 +76,10 @@ impl Run {
             // Sometimes all in one place.
             let narrow = random.below(sectors / 2 + 1);
             let part = if random.once_in(3) { narrow..(narrow + 40).min(sectors) } else { 0..sectors };
-            let load = Load { requests: 60, ..Load::on(part) };
+            let load = Load { requests: 60, may_fail: faults.is_some(), ..Load::on(part) };
             drive(&clients, &self.recording, &mut self.expected, random, &load);
-            if self.files.shape.has_snapshots()
+            if faults.is_none()
+                && self.files.shape.has_snapshots()
                 && session.live().is_some_and(|live| live.snapshots().is_ok())
                 && random.once_in(2)
             {
@@ -164,6 +185,7 @@ impl Run {
             let at = random.index(self.recording.now() + 1);
             let cut = *random.one_of(&Cut::ALL);
             if let Err(wrong) = self.look(at, cut, random, point % 25 == 0) {
+                println!("before it:\n{}", self.recording.story(at, 60));
                 panic!("seed {}, point {point} ({cut:?} at {at}): {wrong}", self.seed);
             }
         }
@@ -206,5 +228,31 @@ fn overlays_survive_every_power_cut() {
         let mut random = Random::new(seed);
         let shape = Shape { cluster_bits: 16, ..Shape::plain(1 << 20) };
         Run::new(seed, shape, true, &mut random).look_often(100, &mut random);
+    }
+}
+
+/// Storage that fails now and then: so many times in a thousand, reads and writes; and a flush that fails, or none.
+fn now_and_then(seed: u64, odds: u64, flushes: u64) -> Arc<dyn Faults> {
+    let random = Mutex::new(Random::new(seed));
+    Arc::new(move |op: &Op| {
+        let mut random = random.lock().unwrap_or_else(PoisonError::into_inner);
+        let odds = match op {
+            Op::Sync => flushes,
+            Op::Read { .. } => odds / 2,
+            _ => odds,
+        };
+        let error = *random.one_of(&[libc::EIO, libc::ENOSPC]);
+        (random.below(1000) < odds).then_some(Fault::Fail(error))
+    })
+}
+
+#[test]
+fn images_on_storage_that_fails_survive_every_power_cut() {
+    for seed in seeds(8) {
+        let mut random = Random::new(seed);
+        let shape = small(&mut random);
+        let backed = random.once_in(2);
+        let faults = now_and_then(seed, *random.one_of(&[10, 50, 200]), *random.one_of(&[0, 0, 100]));
+        Run::failing(seed, shape, backed, &mut random, &faults).look_often(60, &mut random);
     }
 }

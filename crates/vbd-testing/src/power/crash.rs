@@ -97,7 +97,7 @@ impl Entry {
         self.change == Change::Sync && self.ended_by(at).is_some_and(|result| result >= 0)
     }
 
-    fn is_durable_itself(&self) -> bool {
+    pub(super) fn is_durable_itself(&self) -> bool {
         matches!(self.change, Change::Write { durable: true, .. })
     }
 

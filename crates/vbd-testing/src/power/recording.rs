@@ -119,6 +119,27 @@ impl Recording {
         found
     }
 
+    /// The last changes that had begun by this time, for those who look for what went wrong.
+    pub fn story(&self, at: usize, count: usize) -> String {
+        let log = self.log();
+        let begun: Vec<&Entry> = log.entries.iter().filter(|entry| entry.begun < at).collect();
+        let mut text = String::new();
+        for entry in &begun[begun.len().saturating_sub(count)..] {
+            let (what, range) = entry.place();
+            let ended = match entry.ended {
+                Some((ended, result)) if ended < at => format!("to {ended}: {result}"),
+                Some((ended, _)) => format!("under way until {ended}"),
+                None => "never ended".into(),
+            };
+            let durable = if entry.is_durable_itself() { ", durable" } else { "" };
+            text += &format!(
+                "  file {}: {what} {:#x}..{:#x} from {} {ended}{durable}\n",
+                entry.file, range.start, range.end, entry.begun
+            );
+        }
+        text
+    }
+
     /// The ranges that were written at least once, as offset and bytes, in order of time.
     pub fn writes(&self) -> Vec<(u64, Vec<u8>)> {
         let log = self.log();
