@@ -194,7 +194,7 @@ pub(crate) fn damage(random: &mut Random, bytes: &mut Vec<u8>) -> String {
         1 => before ^ 1 << 63,
         2 => 0,
         3 => random.next_u64(),
-        4 => random.below(clusters.max(1)) * cluster | 1 << 63,
+        4 => (random.below(clusters.max(1)) * cluster) | (1 << 63),
         5 => random.below(clusters.max(1)) * cluster,
         _ => word(bytes, offset + random.below(length / 8) * 8),
     };
