@@ -3,15 +3,19 @@
 //! fakeroot replaces functions of the C library: a stage that runs under it sets and sees owners, devices and attributes
 //! through these. What it reads from the real tree it reads by the kernel's own answers, which `rustix` gives.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::AtFlags;
 
 use crate::entry::{Meta, Special, Time, Xattr};
+
+/// The number of listxattrat(2), of Linux 6.13, on every architecture that vbd is built for.
+const LISTXATTRAT: libc::c_long = 465;
 
 /// Whose word on owners and attributes counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,12 @@ impl Stat {
         (self.device, self.inode)
     }
 
+    /// Whether it is the same file, and nothing changed its content in between.
+    pub(crate) fn is_as(&self, before: &Stat) -> bool {
+        let of = |stat: &Stat| (stat.key(), stat.size, stat.mtime, stat.ctime);
+        of(self) == of(before)
+    }
+
     pub(crate) fn meta(&self) -> Meta {
         Meta { mode: self.mode & 0o7777, uid: self.uid, gid: self.gid, mtime: self.mtime }
     }
@@ -83,22 +93,30 @@ pub(crate) fn stat_at(dir: BorrowedFd<'_>, name: &OsStr, view: View) -> io::Resu
         View::Library => library_stat(dir, name),
         View::Kernel => {
             let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH;
-            let s = rustix::fs::statat(dir, name, flags)?;
-            Ok(Stat {
-                device: s.st_dev,
-                inode: s.st_ino,
-                mode: s.st_mode,
-                #[allow(clippy::useless_conversion, reason = "its width depends on the architecture")]
-                links: u64::from(s.st_nlink),
-                uid: s.st_uid,
-                gid: s.st_gid,
-                rdev: s.st_rdev,
-                size: u64::try_from(s.st_size).unwrap_or(0),
-                stored: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
-                mtime: time(s.st_mtime, i64::try_from(s.st_mtime_nsec).unwrap_or(0)),
-                ctime: time(s.st_ctime, i64::try_from(s.st_ctime_nsec).unwrap_or(0)),
-            })
+            Ok(kernel_stat(&rustix::fs::statat(dir, name, flags)?))
         }
+    }
+}
+
+/// Looks at an open file: less work than by a name.
+pub(crate) fn stat_of(file: BorrowedFd<'_>) -> io::Result<Stat> {
+    Ok(kernel_stat(&rustix::fs::fstat(file)?))
+}
+
+fn kernel_stat(s: &rustix::fs::Stat) -> Stat {
+    Stat {
+        device: s.st_dev,
+        inode: s.st_ino,
+        mode: s.st_mode,
+        #[allow(clippy::useless_conversion, reason = "its width depends on the architecture")]
+        links: u64::from(s.st_nlink),
+        uid: s.st_uid,
+        gid: s.st_gid,
+        rdev: s.st_rdev,
+        size: u64::try_from(s.st_size).unwrap_or(0),
+        stored: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
+        mtime: time(s.st_mtime, i64::try_from(s.st_mtime_nsec).unwrap_or(0)),
+        ctime: time(s.st_ctime, i64::try_from(s.st_ctime_nsec).unwrap_or(0)),
     }
 }
 
@@ -198,6 +216,25 @@ pub(crate) fn set_xattr(dir: BorrowedFd<'_>, name: &OsStr, attribute: &Xattr) ->
     check(unsafe { libc::lsetxattr(path.as_ptr(), c_key.as_ptr(), data, size, 0) })
 }
 
+/// Whether `name` itself certainly has no extended attributes, by one call that takes a directory's descriptor. Older
+/// kernels have no such call, and filters of calls may not know it: false then.
+pub(crate) fn has_no_xattrs(dir: BorrowedFd<'_>, name: &CStr) -> bool {
+    static UNKNOWN: AtomicBool = AtomicBool::new(false);
+    if UNKNOWN.load(Ordering::Relaxed) {
+        return false;
+    }
+    let nothing = std::ptr::null_mut::<u8>();
+    // SAFETY: the name ends in a NUL, and a list of length 0 is not written to.
+    let length = unsafe {
+        libc::syscall(LISTXATTRAT, dir.as_raw_fd(), name.as_ptr(), libc::AT_SYMLINK_NOFOLLOW, nothing, 0usize)
+    };
+    let unknown = || matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM));
+    if length < 0 && unknown() {
+        UNKNOWN.store(true, Ordering::Relaxed);
+    }
+    length == 0
+}
+
 /// Reads all extended attributes of `name` itself, in the order of their names.
 pub(crate) fn xattrs(dir: BorrowedFd<'_>, name: &OsStr, view: View) -> io::Result<Vec<Xattr>> {
     let path = proc_path(dir, name)?;
@@ -267,14 +304,14 @@ fn length(result: libc::ssize_t) -> io::Result<usize> {
 
 /// Calls with a small buffer, and with one as large as an attribute can be if that is not enough.
 fn sized(call: impl Fn(&mut [u8]) -> io::Result<usize>) -> io::Result<Vec<u8>> {
-    let mut buffer = vec![0; 512];
-    let length = match call(&mut buffer) {
-        Err(e) if e.raw_os_error() == Some(libc::ERANGE) => {
-            buffer.resize(65536, 0);
-            call(&mut buffer)?
-        }
-        other => other?,
-    };
+    // Most entries have no attributes at all: that costs no allocation.
+    let mut small = [0; 256];
+    match call(&mut small) {
+        Err(e) if e.raw_os_error() == Some(libc::ERANGE) => {}
+        other => return Ok(small[..other?].to_vec()),
+    }
+    let mut buffer = vec![0; 65536];
+    let length = call(&mut buffer)?;
     buffer.truncate(length);
     Ok(buffer)
 }

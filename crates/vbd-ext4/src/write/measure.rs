@@ -15,6 +15,15 @@ pub fn directory_blocks<'a>(layout: &Layout, names: impl IntoIterator<Item = &'a
     Ok(blocks + extent_blocks(layout, blocks.div_ceil(u64::from(MAX_LENGTH))))
 }
 
+/// As [`directory_blocks`], quickly, and perhaps some more; nothing where it cannot be told.
+pub fn directory_blocks_at_most<'a>(
+    layout: &Layout,
+    names: impl IntoIterator<Item = &'a [u8]>,
+) -> Option<u64> {
+    let blocks = directory::blocks_at_most(layout, names)?;
+    Some(blocks + extent_blocks(layout, blocks.div_ceil(u64::from(MAX_LENGTH))))
+}
+
 /// Blocks of an extent tree with so many extents, each of at most 32768 blocks.
 pub fn extent_blocks(layout: &Layout, extents: u64) -> u64 {
     tree_blocks(extents, layout.block_size())

@@ -1,6 +1,5 @@
 //! Content on its way into the image: read by several threads, placed in one order, written in large pieces.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -9,13 +8,13 @@ use std::path::{Path, PathBuf};
 
 use super::base::{Base, is_gone, unreadable};
 use super::blocks::{Blocks, SIZE, block_number, each_part};
-use super::read::{Item, Next, Opened, Output, Read, Reading, Source, State, attributes};
+use super::read::{Item, Next, Output, Read, Reading, Source, State, attributes};
 use super::share;
 use super::store::{Allocate, Extent, Nowhere, Store, assign};
 use crate::entry::{Content as _, Meta, Xattr};
 use crate::error::Context;
 use crate::plan::{BLOCK, Body, Data, NodeId, Plan, Run, push_run};
-use crate::sys::{self, Stat, View};
+use crate::sys::{self, Stat};
 use crate::walk::FileData;
 use crate::{Cancel, Error, Progress, Result};
 
@@ -120,6 +119,7 @@ fn place<A: Allocate>(
         unreadable: Vec::new(),
         warnings: Vec::new(),
         blocks: Blocks::default(),
+        runs: Vec::new(),
     };
     std::thread::scope(|scope| {
         for _ in 0..way.threads.min(jobs.len()) {
@@ -178,6 +178,8 @@ struct Copier<'a, A> {
     unreadable: Vec<(PathBuf, String)>,
     warnings: Vec<String>,
     blocks: Blocks,
+    /// Those of the file that is being placed.
+    runs: Vec<Run>,
 }
 
 impl<A: Allocate> Copier<'_, A> {
@@ -220,7 +222,7 @@ impl<A: Allocate> Copier<'_, A> {
             end = held.end;
             progress.advance(read.read);
             match &read.state {
-                State::Read(opened) if opened.as_ref().is_none_or(unchanged) => good.push(read),
+                State::Read => good.push(read),
                 _ => {
                     self.place(&blocks.bytes[start..held.start], &mut good)?;
                     start = held.end;
@@ -239,22 +241,16 @@ impl<A: Allocate> Copier<'_, A> {
         let mut at = 0;
         for read in files.drain(..) {
             let held = &bytes[at..at + read.held];
-            self.store.note_part(held, &read.pieces);
+            self.store.note_part(read.sum, &read.pieces);
             at += read.held;
-            let mut runs = Vec::new();
+            self.runs.clear();
             if room {
-                assign(&read.pieces, &mut extents, &mut rest, &mut runs);
+                assign(&read.pieces, &mut extents, &mut rest, &mut self.runs);
             }
             let sum = self.store.sum(0, held, &read.pieces);
-            self.store.keep_sum(&runs, sum);
-            let fresh = match read.state {
-                State::Read(Some(Opened { stat, fresh: Some((meta, xattrs)), .. })) => {
-                    Some(Box::new((stat.size, meta, xattrs)))
-                }
-                _ => None,
-            };
-            let (node, data) = (self.jobs[read.job], Some(self.store.data(runs)));
-            self.outcomes.push(Outcome { node, data, fresh });
+            self.store.keep_sum(&self.runs, sum);
+            let (node, data) = (self.jobs[read.job], Some(self.store.data(&self.runs)));
+            self.outcomes.push(Outcome { node, data, fresh: None });
         }
         Ok(())
     }
@@ -262,17 +258,14 @@ impl<A: Allocate> Copier<'_, A> {
     fn part(&mut self, blocks: &Blocks, read: Read, last: bool, progress: &mut dyn Progress) -> Result<()> {
         progress.advance(read.read);
         let mut large = self.large.take().unwrap_or_else(|| Some((Vec::new(), 0)));
-        let good = match &read.state {
-            State::Read(Some(opened)) => !last || unchanged(opened),
-            State::Read(None) => true,
-            _ => false,
-        };
-        if !good && let Some((runs, _)) = large.take() {
+        if !matches!(read.state, State::Read)
+            && let Some((runs, _)) = large.take()
+        {
             self.store.release_runs(&runs);
         }
         if let Some((runs, sum)) = &mut large {
             *sum = self.store.sum(*sum, &blocks.bytes, &read.pieces);
-            self.store.note_part(&blocks.bytes, &read.pieces);
+            self.store.note_part(read.sum, &read.pieces);
             if let Some(extents) = self.store.place(&blocks.bytes)? {
                 assign(&read.pieces, &mut extents.into_iter(), &mut Extent::default(), runs);
             }
@@ -284,7 +277,7 @@ impl<A: Allocate> Copier<'_, A> {
         match large {
             Some((runs, sum)) => {
                 self.store.keep_sum(&runs, sum);
-                let (node, data) = (self.jobs[read.job], Some(self.store.data(runs)));
+                let (node, data) = (self.jobs[read.job], Some(self.store.data(&runs)));
                 self.outcomes.push(Outcome { node, data, fresh: None });
                 Ok(())
             }
@@ -335,7 +328,7 @@ impl<A: Allocate> Copier<'_, A> {
                 return self.trouble(base, node, &path, &error);
             }
             let meta = base.meta(&stat);
-            let same = unchanged(&Opened { file, stat, fresh: None });
+            let same = unchanged(&file, &stat);
             if !same && attempt < TRIES {
                 self.store.release_runs(&runs);
                 continue;
@@ -345,7 +338,7 @@ impl<A: Allocate> Copier<'_, A> {
                 self.warnings.push(base.changed(&path, &what)?);
             }
             self.store.keep_sum(&runs, sum);
-            let data = Some(self.store.data(runs));
+            let data = Some(self.store.data(&runs));
             self.outcomes.push(Outcome { node, data, fresh: Some(Box::new((stat.size, meta, xattrs))) });
             return Ok(());
         }
@@ -381,11 +374,11 @@ impl<A: Allocate> Copier<'_, A> {
         }
         let mut runs = Vec::new();
         let shared = self.share(&file, size, &mut runs, progress)?;
-        if !shared || !unchanged(&Opened { file, stat: found, fresh: None }) {
+        if !shared || !unchanged(&file, &found) {
             self.store.release_runs(&runs);
             return self.again(job, State::Changed, progress);
         }
-        let data = Some(self.store.data(runs));
+        let data = Some(self.store.data(&runs));
         self.outcomes.push(Outcome { node, data, fresh: None });
         Ok(())
     }
@@ -448,14 +441,10 @@ impl<A: Allocate> Copier<'_, A> {
 }
 
 fn stat(file: &File) -> io::Result<Stat> {
-    sys::stat_at(file.as_fd(), OsStr::new(""), View::Kernel)
+    sys::stat_of(file.as_fd())
 }
 
-/// Whether a file is still what it was when it was opened.
-fn unchanged(opened: &Opened) -> bool {
-    let same = |now: Stat| {
-        let then = &opened.stat;
-        (now.size, now.mtime, now.ctime) == (then.size, then.mtime, then.ctime)
-    };
-    stat(&opened.file).is_ok_and(same)
+/// Whether a file is still what it was before.
+fn unchanged(file: &File, before: &Stat) -> bool {
+    stat(file).is_ok_and(|now| now.is_as(before))
 }

@@ -264,6 +264,7 @@ impl<'a> Maker<'a> {
         }
         let xattrs = plan.xattrs(root).to_vec();
         plan.set(root, meta, &xattrs);
+        plan.sort();
         if progress.cancelled() {
             return Err(Error::Interrupted);
         }
@@ -279,7 +280,7 @@ impl<'a> Maker<'a> {
     }
 
     fn threads(&self) -> usize {
-        self.making.threads.unwrap_or_else(copy::threads)
+        self.making.threads.unwrap_or_else(copy::threads).max(1)
     }
 
     /// Whether blocks are shared with the source.
@@ -301,6 +302,10 @@ impl<'a> Maker<'a> {
         store: &Store<Image>,
         progress: &mut dyn Progress,
     ) -> Result<bool> {
+        let nothing_more = store.missing == 0 && gathered.beyond == (0, 0);
+        if nothing_more && room::is_ample(&gathered.plan, layout) {
+            return Ok(false);
+        }
         let needs = room::of(&gathered.plan, layout)?;
         let mut all = Room {
             blocks: needs.own.blocks + needs.content + store.missing + gathered.beyond.1,

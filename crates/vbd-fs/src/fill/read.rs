@@ -15,12 +15,12 @@ use rustix::fs::{Mode, OFlags, SeekFrom};
 
 use super::base::Base;
 use super::blocks::{Blocks, PIECE, Piece, SIZE};
-use crate::entry::{Meta, Xattr};
+use crate::entry::Xattr;
 use crate::plan::{BLOCK, Body, Data, NameId, NodeId, Plan, Run};
-use crate::sys::{self, Stat, View};
+use crate::sys;
 
 /// Files that are read as one.
-const FILES: usize = 64;
+const FILES: usize = 256;
 /// How many parts may be read before the first of them is written.
 const AHEAD: u64 = 8;
 /// Files from this size on share their blocks with the image, where they can: below, copying is as quick.
@@ -54,23 +54,17 @@ pub(super) struct Read {
     pub(super) held: usize,
     /// Bytes that were read.
     pub(super) read: u64,
+    /// The CRC-32C of what is held.
+    pub(super) sum: u32,
     pub(super) state: State,
 }
 
 pub(super) enum State {
-    /// As it was opened; nothing more is to be looked at where it is no file of the source.
-    Read(Option<Opened>),
-    /// It is not as it was found, in a way that asks for reading it anew.
+    /// It is what it was when it was found.
+    Read,
+    /// It is not, and has to be read anew.
     Changed,
     Failed(io::Error),
-}
-
-/// A file of the source while it is read.
-pub(super) struct Opened {
-    pub(super) file: File,
-    pub(super) stat: Stat,
-    /// Its attributes, where they are not those that were found first.
-    pub(super) fresh: Option<(Meta, Vec<Xattr>)>,
 }
 
 /// Gives out what is to be read, in order.
@@ -185,7 +179,10 @@ pub(super) struct Reading<'a> {
     source: Source<'a>,
     jobs: &'a [NodeId],
     state: Mutex<Shared<'a>>,
-    changed: Condvar,
+    /// For the one who takes: something was read.
+    ready: Condvar,
+    /// For the threads: something was taken.
+    room: Condvar,
 }
 
 /// What is next for the one who takes.
@@ -209,7 +206,7 @@ impl<'a> Reading<'a> {
             stop: false,
             failed: false,
         };
-        Reading { source, jobs, state: Mutex::new(state), changed: Condvar::new() }
+        Reading { source, jobs, state: Mutex::new(state), ready: Condvar::new(), room: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared<'a>> {
@@ -225,7 +222,7 @@ impl<'a> Reading<'a> {
         } {
             state.taken += 1;
             drop(state);
-            self.changed.notify_all();
+            self.room.notify_one();
             return Ok(Next::Output(output));
         }
         if state.failed {
@@ -234,7 +231,7 @@ impl<'a> Reading<'a> {
         if state.ended && state.taken == state.next {
             return Ok(Next::End);
         }
-        drop(self.changed.wait_timeout(state, TICK));
+        drop(self.ready.wait_timeout(state, TICK));
         Ok(Next::Wait)
     }
 
@@ -246,7 +243,7 @@ impl<'a> Reading<'a> {
     /// Ends the threads.
     pub(super) fn stop(&self) {
         self.lock().stop = true;
-        self.changed.notify_all();
+        self.room.notify_all();
     }
 
     /// What a thread does.
@@ -263,18 +260,24 @@ impl<'a> Reading<'a> {
                     let Some(item) = state.feeder.next() else {
                         state.ended = true;
                         drop(state);
-                        self.changed.notify_all();
+                        self.ready.notify_all();
+                        self.room.notify_all();
                         return;
                     };
                     state.next += 1;
                     break (state.next - 1, item, state.spare.pop().unwrap_or_default());
                 }
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
             };
             drop(state);
             let output = self.read(item, blocks, &mut directory);
-            self.lock().done.insert(number, output);
-            self.changed.notify_all();
+            let mut state = self.lock();
+            let awaited = state.taken == number;
+            state.done.insert(number, output);
+            drop(state);
+            if awaited {
+                self.ready.notify_all();
+            }
         }
     }
 
@@ -300,8 +303,9 @@ impl<'a> Reading<'a> {
                     (0, State::Failed(error))
                 }
             };
-            let (pieces, held) = (std::mem::take(&mut blocks.pieces), blocks.bytes.len() - start);
-            files.push(Read { job, pieces, held, read, state });
+            let pieces = std::mem::take(&mut blocks.pieces);
+            let held = &blocks.bytes[start..];
+            files.push(Read { job, pieces, held: held.len(), read, sum: crc32c::crc32c(held), state });
         }
         Output { item, blocks, files }
     }
@@ -315,37 +319,31 @@ impl<'a> Reading<'a> {
     ) -> io::Result<(u64, State)> {
         let start = blocks.bytes.len();
         let (size, data) = self.source.file(self.jobs[job]);
-        let whole = part.is_none();
         let range = part.unwrap_or(0..size);
-        let opened = match (data, self.source.base, self.source.spool) {
+        let mut read = 0;
+        match (data, self.source.base, self.source.spool) {
             (Data::Origin(origin), Some(base), _) => {
                 let origin = self.source.plan.origin(*origin);
                 let file = self.open(base, origin.name, directory)?;
-                let stat = sys::stat_at(file.as_fd(), OsStr::new(""), View::Kernel)?;
-                let same = (stat.inode, stat.ctime, stat.size) == (origin.inode, origin.ctime, size);
-                if !stat.is_file() || (!same && (!whole || stat.size > PIECE as u64)) {
+                let got = read_range(&file, &range, &mut blocks.bytes);
+                // What is now as it was when it was found was so all the time: it is looked at once, afterwards.
+                let after = sys::stat_of(file.as_fd())?;
+                let found = (origin.inode, origin.ctime, size);
+                if !after.is_file() || (after.inode, after.ctime, after.size) != found {
+                    blocks.bytes.truncate(start);
                     return Ok((0, State::Changed));
                 }
-                let fresh = if same { None } else { Some((base.meta(&stat), attributes(&file)?)) };
-                Some(Opened { file, stat, fresh })
+                read = got?;
             }
             (Data::Bytes(bytes), ..) => {
                 blocks.bytes.extend_from_slice(bytes);
-                None
+                read = bytes.len() as u64;
             }
-            (Data::Spooled(runs), _, Some(spool)) => {
-                read_spool(spool, runs.as_slice(), &range, blocks)?;
-                None
-            }
+            (Data::Spooled(runs), _, Some(spool)) => read_spool(spool, runs.as_slice(), &range, blocks)?,
             _ => return Err(io::Error::other("content that is nowhere")),
-        };
-        let mut read = 0;
-        if let Some(Opened { file, stat, .. }) = &opened {
-            let range = if whole { 0..stat.size } else { range.clone() };
-            read = read_range(file, &range, &mut blocks.bytes)?;
         }
         blocks.seal(start, range.start / BLOCK)?;
-        Ok((read, State::Read(opened)))
+        Ok((read, State::Read))
     }
 
     /// Opens a file in its directory, which is kept for the next one.
@@ -369,7 +367,7 @@ impl Drop for Ending<'_, '_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.lock().failed = true;
-            self.0.changed.notify_all();
+            self.0.ready.notify_all();
         }
     }
 }
@@ -383,18 +381,22 @@ pub(super) fn attributes(file: &File) -> io::Result<Vec<Xattr>> {
 fn read_range(file: &File, range: &Range<u64>, bytes: &mut Vec<u8>) -> io::Result<u64> {
     let start = bytes.len();
     let length = usize::try_from(range.end - range.start).unwrap_or(PIECE);
-    bytes.resize(start + length, 0);
-    let mut filled = 0;
-    while filled < length {
-        match file.read_at(&mut bytes[start + filled..], range.start + filled as u64) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+    bytes.reserve(length);
+    while bytes.len() < start + length {
+        let filled = bytes.len() - start;
+        let room = &mut bytes.spare_capacity_mut()[..length - filled];
+        match rustix::io::pread(file, room, range.start + filled as u64) {
+            Ok(([], _)) => break,
+            Ok((got, _)) => {
+                let filled = filled + got.len();
+                // SAFETY: the kernel has written that many bytes behind those that were there.
+                unsafe { bytes.set_len(start + filled) };
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
         }
     }
-    bytes.truncate(start + filled);
-    Ok(filled as u64)
+    Ok((bytes.len() - start) as u64)
 }
 
 /// The first run that has something after `at` bytes of the file.

@@ -6,7 +6,7 @@ use super::failed;
 use crate::Result;
 use crate::entry::Xattr;
 use crate::meter::Room;
-use crate::plan::{BLOCK, Body, Data, NodeId, Plan};
+use crate::plan::{BLOCK, Body, Data, NameId, NodeId, Plan};
 
 /// Longer targets of links have a block of their own.
 const FAST_LINK: usize = 59;
@@ -31,12 +31,35 @@ pub(super) struct Needs {
 ///
 /// A directory that no filesystem can have.
 pub(super) fn of(plan: &Plan, layout: &Layout) -> Result<Needs> {
+    count(plan, layout, |directory, children| {
+        let names = children.iter().map(|&name| plan.name(name));
+        let blocks = measure::directory_blocks(layout, names);
+        blocks.map_err(|e| failed(&plan.directory_path(directory), e))
+    })
+}
+
+/// Whether a plan has room for certain, by a quick look: where this says no, it may have.
+pub(super) fn is_ample(plan: &Plan, layout: &Layout) -> bool {
+    let needs = count(plan, layout, |_, children| {
+        let names = children.iter().map(|&name| plan.name(name));
+        Ok(measure::directory_blocks_at_most(layout, names).unwrap_or(u64::MAX / 2))
+    });
+    needs.is_ok_and(|needs| {
+        needs.own.blocks.saturating_add(needs.content) <= layout.free_blocks()
+            && needs.own.inodes <= layout.free_inodes()
+    })
+}
+
+fn count(
+    plan: &Plan,
+    layout: &Layout,
+    directory_blocks: impl Fn(NodeId, &[NameId]) -> Result<u64>,
+) -> Result<Needs> {
     let mut needs = Needs::default();
     let mut seen = vec![false; plan.nodes()];
     for (directory, children) in plan.directories() {
-        let names = children.iter().map(|&name| plan.name(name));
-        let blocks = measure::directory_blocks(layout, names);
-        needs.own.blocks += blocks.map_err(|e| failed(&plan.directory_path(directory), e))?;
+        let blocks = directory_blocks(directory, &children)?;
+        needs.own.blocks = needs.own.blocks.saturating_add(blocks);
         needs.own.blocks += xattr_blocks(plan.xattrs(directory));
         for name in children {
             let node = plan.target(name);

@@ -176,7 +176,7 @@ impl<A: Allocate> Store<A> {
     ///
     /// Those of writing.
     pub(crate) fn place_part(&mut self, part: &Blocks, runs: &mut Vec<Run>) -> Result<bool> {
-        self.note_part(&part.bytes, &part.pieces);
+        self.note_part(crc32c::crc32c(&part.bytes), &part.pieces);
         let Some(extents) = self.place(&part.bytes)? else { return Ok(false) };
         assign(&part.pieces, &mut extents.into_iter(), &mut (0, 0), runs);
         Ok(true)
@@ -194,9 +194,9 @@ impl<A: Allocate> Store<A> {
         }
     }
 
-    /// Takes a part of a file into the digest.
-    pub(crate) fn note_part(&mut self, bytes: &[u8], pieces: &[Piece]) {
-        self.digest.update(crc32c::crc32c(bytes).to_le_bytes());
+    /// Takes a part of a file into the digest, by the CRC-32C of its blocks.
+    pub(crate) fn note_part(&mut self, sum: u32, pieces: &[Piece]) {
+        self.digest.update(sum.to_le_bytes());
         for piece in pieces {
             self.digest.update(piece.logical.to_le_bytes());
             self.digest.update(piece.count.to_le_bytes());
@@ -204,7 +204,7 @@ impl<A: Allocate> Store<A> {
     }
 
     /// The content that has these runs.
-    pub(crate) fn data(&self, runs: Vec<Run>) -> Data {
+    pub(crate) fn data(&self, runs: &[Run]) -> Data {
         match (runs.is_empty(), A::PLACED) {
             (true, _) => Data::Hole,
             (false, true) => Data::Placed(Runs::from(runs)),
@@ -259,7 +259,7 @@ impl<A: Allocate> Contents for Store<A> {
         self.blocks = blocks;
         read?.at("read", path)?;
         self.keep_sum(&runs, sum);
-        Ok(self.data(runs))
+        Ok(self.data(&runs))
     }
 
     fn release(&mut self, data: &Data) {

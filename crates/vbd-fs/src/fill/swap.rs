@@ -40,7 +40,7 @@ pub(super) fn place<A: Allocate>(plan: &mut Plan, store: &mut Store<A>) -> Resul
     let too_large = || Error::Invalid("the swap file is larger than a file can be".to_owned());
     let count = u32::try_from(size / BLOCK).map_err(|_| too_large())?;
     let pieces = [Piece { logical: 0, count }];
-    store.note_part(start, &pieces);
+    store.note_part(crc32c::crc32c(start), &pieces);
     let mut runs = Vec::new();
     if let Some(extents) = store.allocate(count.into())? {
         assign(&pieces, &mut extents.into_iter(), &mut (0, 0), &mut runs);
@@ -59,7 +59,7 @@ pub(super) fn place<A: Allocate>(plan: &mut Plan, store: &mut Store<A>) -> Resul
         }
         store.keep_sum(&runs, sum);
     }
-    let data = store.data(runs);
+    let data = store.data(&runs);
     if let Some((_, old)) = plan.file_mut(node) {
         *old = data;
     }

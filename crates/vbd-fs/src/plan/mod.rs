@@ -97,7 +97,8 @@ impl Plan {
 
     /// The name in a directory.
     pub(crate) fn lookup(&self, directory: NodeId, name: &[u8]) -> Option<NameId> {
-        self.names.find(directory, name)
+        let Body::Directory(found) = &self.node(directory).body else { return None };
+        self.names.find(directory, found.first, name)
     }
 
     /// What a name leads to.
@@ -182,7 +183,10 @@ impl Plan {
             return Err(Error::Invalid("a name in what is no directory".to_owned()));
         };
         let id = self.names.add(directory, name, node, parent.first).ok_or_else(too_many)?;
+        let names = &self.names;
         if let Body::Directory(parent) = &mut self.nodes[directory.index()].body {
+            let before = |first: NameId| name < names.text(names.get(first).text);
+            parent.sorted = parent.first.is_none_or(|first| parent.sorted && before(first));
             parent.first = Some(id);
             parent.entries += 1;
         }
@@ -238,16 +242,25 @@ impl Plan {
     pub(crate) fn children(&self, directory: NodeId) -> Vec<NameId> {
         let Body::Directory(found) = &self.node(directory).body else { return Vec::new() };
         let mut all = Vec::with_capacity(found.entries as usize);
-        let mut next = found.first;
-        while let Some(name) = next {
-            let entry = self.names.get(name);
-            if self.names.is_alive(name) {
-                all.push(name);
-            }
-            next = entry.next;
+        all.extend(self.names.chain(found.first).filter(|&name| self.names.is_alive(name)));
+        if !found.sorted {
+            // Stable, for that makes use of what is in order.
+            all.sort_by(|&a, &b| self.name(a).cmp(self.name(b)));
         }
-        all.sort_unstable_by(|&a, &b| self.name(a).cmp(self.name(b)));
         all
+    }
+
+    /// Puts the names of every directory in order, so that it is not done again each time that they are asked for.
+    pub(crate) fn sort(&mut self) {
+        for node in (0..self.nodes.len()).filter_map(NodeId::new) {
+            if !matches!(&self.node(node).body, Body::Directory(directory) if !directory.sorted) {
+                continue;
+            }
+            let first = self.names.relink(&self.children(node));
+            if let Body::Directory(directory) = &mut self.nodes[node.index()].body {
+                (directory.first, directory.sorted) = (first, true);
+            }
+        }
     }
 
     /// Every directory from the root on, each before those in it, in the order of their names.

@@ -55,6 +55,8 @@ pub(crate) enum Body {
 pub(crate) struct Directory {
     pub(super) first: Option<NameId>,
     pub(super) entries: u32,
+    /// The chain is in the order of the names' bytes.
+    pub(super) sorted: bool,
     /// Its own name; the root has none.
     pub(super) own: Option<NameId>,
 }
@@ -124,10 +126,10 @@ impl Runs {
     }
 }
 
-impl From<Vec<Run>> for Runs {
-    fn from(runs: Vec<Run>) -> Runs {
-        match runs[..] {
-            [run] => Runs::One(run),
+impl From<&[Run]> for Runs {
+    fn from(runs: &[Run]) -> Runs {
+        match runs {
+            [run] => Runs::One(*run),
             _ => Runs::Many(runs.into()),
         }
     }

@@ -252,7 +252,8 @@ fn a_file_that_changes_is_read_again_and_then_refused_unless_live() {
     let (tree, disk) = (scratch.path("tree"), scratch.path("disk"));
     std::fs::create_dir(&tree).unwrap();
     let log = tree.join("log");
-    std::fs::write(&log, noise(1 << 20)).unwrap();
+    // Its last parts are read when the first one was placed.
+    std::fs::write(&log, noise(24 << 20)).unwrap();
     let append = || {
         let mut log = std::fs::OpenOptions::new().append(true).open(&log).unwrap();
         log.write_all(b"more").unwrap();
@@ -265,11 +266,12 @@ fn a_file_that_changes_is_read_again_and_then_refused_unless_live() {
             append();
         }
     };
-    build_with(&disk, &options(16 * MIB, &tree), &mut Restless { reading: false, change: once }).unwrap();
+    build_with(&disk, &options(64 * MIB, &tree), &mut Restless { reading: false, change: once }).unwrap();
+    assert!(changes > 1);
     assert!(image::debugfs(&disk, "cat /log") == std::fs::read(&log).unwrap());
     std::fs::remove_file(&disk).unwrap();
     // Always: an error, or a warning.
-    let mut options = options(16 * MIB, &tree);
+    let mut options = options(64 * MIB, &tree);
     let error = build_with(&disk, &options, &mut Restless { reading: false, change: append }).unwrap_err();
     assert!(matches!(&error, Error::Source { path, .. } if *path == log), "{error}");
     assert!(error.to_string().contains("changed while it was read"), "{error}");
@@ -288,10 +290,10 @@ fn an_entry_that_vanishes_is_named() {
     let scratch = Scratch::new();
     let (tree, disk) = (scratch.path("tree"), scratch.path("disk"));
     std::fs::create_dir(&tree).unwrap();
-    std::fs::write(tree.join("a"), b"first").unwrap();
+    std::fs::write(tree.join("a"), noise(24 << 20)).unwrap();
     let gone = tree.join("b");
-    std::fs::write(&gone, b"x").unwrap();
+    std::fs::write(&gone, noise(1 << 20)).unwrap();
     let mut vanish = Restless { reading: false, change: || drop(std::fs::remove_file(&gone)) };
-    let error = build_with(&disk, &options(16 * MIB, &tree), &mut vanish).unwrap_err();
+    let error = build_with(&disk, &options(64 * MIB, &tree), &mut vanish).unwrap_err();
     assert!(matches!(&error, Error::Source { path, .. } if *path == gone), "{error}");
 }
