@@ -8,7 +8,7 @@ use crate::entry::Sink;
 use crate::error::Context;
 use crate::tar::NamedAcl;
 use crate::watched::Watched;
-use crate::{Error, Progress, Result, compress, cpio, squashfs, tar};
+use crate::{Cancel, Error, Progress, Result, ahead, compress, cpio, squashfs, tar};
 
 /// An archive as it is opened.
 pub(crate) struct Archive<'a> {
@@ -29,9 +29,9 @@ impl Archive<'_> {
     pub(crate) fn unpack(self, sink: &mut dyn Sink, progress: &mut dyn Progress) -> Result<Vec<NamedAcl>> {
         let Archive { name, file, scratch } = self;
         let cannot = |e: io::Error| Error::io(format!("cannot read {name}"), e);
-        let place = place(&file);
+        let (place, stop) = (place(&file), Cancel::new());
         let again = file.try_clone().map_err(cannot)?;
-        let mut streams = compress::open(Watched { file, cancel: progress.cancel() }, name)?;
+        let mut streams = compress::open(Watched { file, cancel: [progress.cancel(), stop.clone()] }, name)?;
         let start = streams.peek(6);
         let start = start.map_err(|e| damaged(name, Path::new(""), format!("cannot be read: {e}")))?;
         if cpio::is_cpio(start) {
@@ -47,7 +47,8 @@ impl Archive<'_> {
             let bytes = squashfs::Part { file, start, length };
             return squashfs::unpack(&bytes, name, sink, progress).map(|()| Vec::new());
         }
-        tar::unpack(&mut streams, name, sink, progress)
+        let unpack = |stream: &mut dyn Read| tar::unpack(stream, name, sink, progress);
+        ahead::reading(&mut streams, &stop, unpack)
     }
 }
 

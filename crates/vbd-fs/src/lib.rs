@@ -4,6 +4,7 @@
 //! them, and tailoring edits a [`Root`]. For ext4 both are a plan, a tree in memory, which is then written in one pass.
 //! For ext2 and ext3 both are a staging tree, a real directory, that `mke2fs -d` reads.
 
+mod ahead;
 mod archive;
 mod bootstrap;
 mod build;

@@ -11,14 +11,15 @@ use crate::Cancel;
 /// A file or pipe whose reader can be stopped while it waits.
 pub(crate) struct Watched {
     pub(crate) file: File,
-    pub(crate) cancel: Cancel,
+    /// Who may want to stop it.
+    pub(crate) cancel: [Cancel; 2],
 }
 
 impl Read for Watched {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
         loop {
-            if self.cancel.requested() {
+            if self.cancel.iter().any(Cancel::requested) {
                 return Err(io::Error::other("interrupted"));
             }
             let mut fds = [PollFd::from_borrowed_fd(self.file.as_fd(), PollFlags::IN)];

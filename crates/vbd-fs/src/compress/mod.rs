@@ -17,7 +17,7 @@ const ZSTD_WINDOW_LOG: u32 = 31;
 /// Bytes by which every kind of stream can be told.
 const MAGIC: usize = 6;
 
-type Raw<'a> = Peek<Box<dyn Read + 'a>>;
+type Raw<'a> = Peek<Box<dyn Read + Send + 'a>>;
 
 /// What a stream is compressed with, by what it starts with (RFC 1952, the .xz file format, RFC 8878).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,12 +85,17 @@ pub(crate) struct Streams<'a> {
     packed: bool,
 }
 
+/// Whether a stream that starts with this is not compressed.
+pub(crate) fn is_plain(start: &[u8]) -> bool {
+    Kind::of(start).is_none()
+}
+
 /// Begins to read a stream, compressed or not.
 ///
 /// # Errors
 ///
 /// One that cannot be read, or is compressed in a way that is not supported.
-pub(crate) fn open<'a>(reader: impl Read + 'a, name: &str) -> Result<Streams<'a>> {
+pub(crate) fn open<'a>(reader: impl Read + Send + 'a, name: &str) -> Result<Streams<'a>> {
     let raw: Raw<'a> = Peek::new(Box::new(reader));
     let mut streams = Streams { state: State::Plain(raw), name: name.to_owned(), packed: false };
     streams.start().map_err(|e| match e.kind() {

@@ -67,7 +67,7 @@ pub(crate) fn unpack(
 /// # Errors
 ///
 /// As for a build from them.
-pub fn check(reader: impl Read) -> crate::Result<Counts> {
+pub fn check(reader: impl Read + Send) -> crate::Result<Counts> {
     let root = Meta { mode: 0o755, ..Meta::default() };
     let mut contents = Discard;
     let limit = Limit { inodes: u32::MAX.into(), bytes: u64::MAX };

@@ -246,7 +246,7 @@ impl<'a> Maker<'a> {
             }
             Input::Image(image) => {
                 let mut gather = Gather::new(plan, store, None, limit, making.now);
-                let named = image.unpack(&mut gather, progress)?;
+                let named = image.unpack(&mut gather, self.threads(), progress)?;
                 gather.contents.flush()?;
                 if gather.beyond == (0, 0) && !gather.contents.is_full() {
                     name_acls(&named, "the image", &mut gather)?;

@@ -117,7 +117,7 @@ impl Blobs {
     }
 
     /// Reads a file.
-    pub(super) fn open(&self, blob: &Blob) -> Result<Box<dyn Read + '_>> {
+    pub(super) fn open(&self, blob: &Blob) -> Result<Box<dyn Read + Send + '_>> {
         match self {
             Blobs::Directory(directory) => {
                 let path = directory.join(&blob.path);

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use sha2::{Digest as _, Sha256};
 
+use crate::ahead::Chunk;
 use crate::digest::hex;
 
 /// A SHA-256, as `sha256:` and 64 digits.
@@ -31,6 +32,30 @@ impl FromStr for Digest {
     }
 }
 
+/// Whether a digest is the one that was wanted.
+pub(super) fn check(found: &Digest, wanted: Option<&Digest>) -> io::Result<()> {
+    let Some(wanted) = wanted.filter(|wanted| *wanted != found) else { return Ok(()) };
+    let reason = format!(
+        "is damaged or not what it says: its digest is sha256:{} and must be sha256:{}",
+        found.0, wanted.0
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidData, reason))
+}
+
+/// The digest of pieces, up to the first that cannot be read.
+pub(super) fn of_chunks(chunks: impl Iterator<Item = io::Result<Chunk>>) -> io::Result<Digest> {
+    let mut state = Sha256::new();
+    for chunk in chunks {
+        state.update(&*chunk?);
+    }
+    Ok(digest_of(state))
+}
+
+fn digest_of(state: Sha256) -> Digest {
+    let found: [u8; 32] = state.finalize().into();
+    Digest(hex(&found))
+}
+
 /// A reader that takes the digest of what it reads.
 pub(super) struct Hashing<R> {
     reader: R,
@@ -49,16 +74,12 @@ impl<R: Read> Hashing<R> {
 
     /// Whether what was read is what it should be.
     pub(super) fn check(&self, wanted: Option<&Digest>) -> io::Result<()> {
-        let Some(Digest(wanted)) = wanted else { return Ok(()) };
-        let found: [u8; 32] = self.state.clone().finalize().into();
-        let found = hex(&found);
-        if found == *wanted {
-            return Ok(());
-        }
-        let reason = format!(
-            "is damaged or not what it says: its digest is sha256:{found} and must be sha256:{wanted}"
-        );
-        Err(io::Error::new(io::ErrorKind::InvalidData, reason))
+        check(&self.found(), wanted)
+    }
+
+    /// The digest of what was read.
+    pub(super) fn found(&self) -> Digest {
+        digest_of(self.state.clone())
     }
 }
 

@@ -9,22 +9,24 @@ mod blobs;
 mod digest;
 mod json;
 mod layer;
+mod unpack;
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Context;
 use crate::plan::Gather;
-use crate::tar::{self, NamedAcl};
-use crate::{Error, Progress, Result, Step, compress};
+use crate::tar::NamedAcl;
+use crate::{Error, Progress, Result, Step};
 
 use blobs::{Blob, Blobs};
 use digest::{Digest, Hashing};
 use json::{Config, Descriptor, Index, Manifest, Saved};
-use layer::Layered;
+use unpack::Unpacking;
 
 pub use layer::fuzz as fuzz_layers;
 
@@ -138,7 +140,7 @@ impl Image {
         self.layers.iter().map(|layer| layer.blob.size).sum()
     }
 
-    /// Applies the layers. What is returned are ACLs for names.
+    /// Applies the layers, of which up to `ahead` are read and unpacked at once. What is returned are ACLs for names.
     ///
     /// # Errors
     ///
@@ -146,31 +148,25 @@ impl Image {
     pub(crate) fn unpack(
         &self,
         gather: &mut Gather<'_>,
+        ahead: usize,
         progress: &mut dyn Progress,
     ) -> Result<Vec<NamedAcl>> {
         progress.step(Step::Read, Some(self.bytes()));
-        let mut named = Vec::new();
-        for (number, layer) in (1..).zip(&self.layers) {
-            let shown = format!("{}, layer {number} of {}", self.shown, self.layers.len());
-            let reader = self.blobs.open(&layer.blob)?;
-            let mut stored = Hashing::new(reader);
-            let unpacked = {
-                let mut content = Hashing::new(compress::open(&mut stored, &shown)?);
-                let unpacked = tar::unpack(&mut content, &shown, &mut Layered::new(gather), progress);
-                content.drain().and_then(|()| content.check(layer.content.as_ref())).map(|()| unpacked)
-            };
-            let whole = stored.drain().and_then(|()| stored.check(layer.stored.as_ref()));
-            let cannot = |e: io::Error| Error::Archive {
-                archive: shown.clone(),
-                entry: String::new(),
-                reason: e.to_string(),
-            };
-            // A wrong digest explains whatever else is wrong.
-            whole.map_err(cannot)?;
-            named.extend(unpacked.map_err(cannot)??);
-            progress.advance(0);
-        }
-        Ok(named)
+        let name = |number: usize| format!("{}, layer {number} of {}", self.shown, self.layers.len());
+        std::thread::scope(|scope| {
+            let mut named = Vec::new();
+            let mut running = VecDeque::new();
+            let mut to_come = (1..).zip(&self.layers);
+            for (number, _) in (1..).zip(&self.layers) {
+                let more = to_come.by_ref().take(ahead.max(1) - running.len());
+                running
+                    .extend(more.map(|(number, layer)| Unpacking::start(scope, self, layer, name(number))));
+                let Some(unpacking) = running.pop_front() else { break };
+                named.extend(unpacking.apply(&name(number), gather, progress)?);
+                progress.advance(0);
+            }
+            Ok(named)
+        })
     }
 }
 
