@@ -19,6 +19,7 @@ const TARGETS: &[Target] = &[
     ("ext4_edit", vbd_ext4::edit::fuzz::edit),
     ("ext4_read", vbd_ext4::read::fuzz::read),
     ("foreign", vbd_foreign::fuzz),
+    ("luks", vbd_luks::fuzz),
     ("nbd_commands", vbd_nbd::fuzz::commands),
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
     ("oci_layers", vbd_fs::oci::fuzz_layers),
