@@ -14,5 +14,5 @@ pub mod xen;
 pub use daemon::{Daemon, Options, StartError};
 pub use fault::{Fault, FaultKind};
 pub use service::{Listener, passed_listeners};
-pub use supervisor::Supervisor;
+pub use supervisor::{Supervisor, back_up, bitmaps, change_bitmaps};
 pub use vbd_ring::{EngineKind, Settings as ReactorSettings};

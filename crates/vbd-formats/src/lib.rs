@@ -11,6 +11,7 @@ mod format;
 mod gate;
 mod identify;
 mod open;
+mod tracked;
 
 pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
@@ -19,3 +20,4 @@ pub use format::{Format, FormatError};
 pub use gate::Gate;
 pub use identify::{assumed_raw, identify};
 pub use open::{ImageSpec, open, open_on};
+pub use tracked::open_tracked;

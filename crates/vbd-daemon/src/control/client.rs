@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
 use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
 use crate::{Fault, FaultKind};
 
@@ -97,6 +98,36 @@ impl Client {
     /// Ends serving a disk: what it has in work is finished and made durable.
     pub fn detach(&self, name: &str, detach: Detach) -> Result<(), ClientError> {
         self.ask(Method::POST, &format!("/v1/disks/{}/detach", encode(name)), Some(&detach))
+    }
+
+    /// The bitmaps of a disk.
+    pub fn bitmaps(&self, name: &str) -> Result<Vec<BitmapInfo>, ClientError> {
+        self.ask(Method::GET, &format!("/v1/disks/{}/bitmaps", encode(name)), None::<&()>)
+    }
+
+    /// Changes the bitmaps of a disk, and gives those there are then.
+    pub fn change_bitmaps(&self, name: &str, change: &BitmapChange) -> Result<Vec<BitmapInfo>, ClientError> {
+        self.ask(Method::POST, &format!("/v1/disks/{}/bitmaps", encode(name)), Some(change))
+    }
+
+    /// Begins a backup of a disk.
+    pub fn backup(&self, name: &str, backup: &NewBackup) -> Result<JobInfo, ClientError> {
+        self.ask(Method::POST, &format!("/v1/disks/{}/backup", encode(name)), Some(backup))
+    }
+
+    /// The jobs that run, and the last that have ended.
+    pub fn jobs(&self) -> Result<Vec<JobInfo>, ClientError> {
+        self.ask(Method::GET, "/v1/jobs", None::<&()>)
+    }
+
+    /// One job.
+    pub fn job(&self, id: u64) -> Result<JobInfo, ClientError> {
+        self.ask(Method::GET, &format!("/v1/jobs/{id}"), None::<&()>)
+    }
+
+    /// Asks a job to stop.
+    pub fn cancel_job(&self, id: u64) -> Result<JobInfo, ClientError> {
+        self.ask(Method::POST, &format!("/v1/jobs/{id}/cancel"), None::<&()>)
     }
 
     fn ask<T: DeserializeOwned>(

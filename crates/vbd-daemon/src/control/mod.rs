@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod find;
+mod jobs;
 pub mod server;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::config::Ublk;
 
 pub use client::Client;
+pub use jobs::{BitmapChange, BitmapInfo, JobInfo, JobState, NewBackup};
 pub use server::ControlSocket;
 
 /// A serving process.

@@ -17,6 +17,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use tokio::net::{UnixListener, UnixStream};
 
+use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
 use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
 use crate::{Fault, FaultKind, Supervisor};
 
@@ -118,6 +119,11 @@ fn router(supervisor: Arc<Supervisor>) -> Router {
         .route("/v1/disks/{name}", get(stat))
         .route("/v1/disks/{name}/grow", post(grow))
         .route("/v1/disks/{name}/detach", post(detach))
+        .route("/v1/disks/{name}/bitmaps", get(bitmaps).post(change_bitmaps))
+        .route("/v1/disks/{name}/backup", post(backup))
+        .route("/v1/jobs", get(jobs))
+        .route("/v1/jobs/{id}", get(job))
+        .route("/v1/jobs/{id}/cancel", post(cancel_job))
         .fallback(async || {
             Fault::new(FaultKind::Unknown, "there is no such resource: docs/control.md lists them")
         })
@@ -156,6 +162,40 @@ async fn grow(State(supervisor): Server, Segment(name): Segment<String>, to: Ask
 async fn detach(State(supervisor): Server, Segment(name): Segment<String>, how: Asked<Detach>) -> Answer<()> {
     let how = body(how)?;
     blocking(move || supervisor.detach(&name, how)).await
+}
+
+async fn bitmaps(State(supervisor): Server, Segment(name): Segment<String>) -> Answer<Vec<BitmapInfo>> {
+    blocking(move || supervisor.bitmaps(&name)).await
+}
+
+async fn change_bitmaps(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    change: Asked<BitmapChange>,
+) -> Answer<Vec<BitmapInfo>> {
+    let change = body(change)?;
+    blocking(move || supervisor.change_bitmaps(&name, &change)).await
+}
+
+async fn backup(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    backup: Asked<NewBackup>,
+) -> Answer<JobInfo> {
+    let backup = body(backup)?;
+    blocking(move || supervisor.backup(&name, backup)).await
+}
+
+async fn jobs(State(supervisor): Server) -> Answer<Vec<JobInfo>> {
+    Ok(Json(supervisor.jobs()))
+}
+
+async fn job(State(supervisor): Server, Segment(id): Segment<String>) -> Answer<JobInfo> {
+    supervisor.job(&id).map(Json)
+}
+
+async fn cancel_job(State(supervisor): Server, Segment(id): Segment<String>) -> Answer<JobInfo> {
+    supervisor.cancel_job(&id).map(Json)
 }
 
 fn body<T>(asked: Asked<T>) -> Result<T, Fault> {

@@ -1,6 +1,8 @@
 //! The disks that a process serves: added, listed, grown, taken away, stopped.
 
+mod backup;
 mod front;
+mod jobs;
 mod reactors;
 mod served;
 
@@ -18,6 +20,7 @@ use crate::service::Listener;
 use crate::xen::{self, Face, Xen};
 use crate::{Fault, FaultKind};
 
+pub use backup::{back_up, bitmaps, change_bitmaps};
 use front::{Clients, Exports};
 use reactors::Reactors;
 pub(crate) use served::{LEASE_WAIT, Served, open as open_disk};
@@ -37,6 +40,7 @@ pub struct Supervisor {
     /// Held while a disk is added, so that a name or a socket is judged free once.
     adding: Mutex<()>,
     exports: Exports,
+    jobs: jobs::Jobs,
     limits: Limits,
     stop_within: Duration,
     stopping: AtomicBool,
@@ -77,6 +81,7 @@ impl Supervisor {
             xen: None,
             adding: Mutex::default(),
             exports,
+            jobs: jobs::Jobs::default(),
             limits: config.limits,
             stop_within,
             stopping: AtomicBool::new(false),
@@ -233,6 +238,7 @@ impl Supervisor {
             }
             disks.remove(name)
         };
+        self.jobs.end(Some(name), self.stop_within);
         let result = disk.map_or(Ok(()), |disk| disk.stop(&self.exports, Ending::Delete, self.stop_within));
         self.changed.notify_one();
         result
@@ -252,6 +258,7 @@ impl Supervisor {
     pub(crate) fn stop(&self, within: Duration) -> Result<(), StartError> {
         let deadline = Instant::now() + within;
         self.stopping.store(true, Ordering::SeqCst);
+        self.jobs.end(None, within);
         let left_domains = self.xen.as_ref().map_or(Ok(()), Xen::stop);
         let disks = std::mem::take(&mut *self.write());
         let faults = Mutex::new(Vec::new());

@@ -87,7 +87,7 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
 }
 
 fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
-    vbd_formats::open(&ImageSpec {
+    vbd_formats::open_tracked(&ImageSpec {
         name: config.name.clone(),
         read_only: !config.access.is_writable(),
         share: config.access == Access::ReadWriteForce,

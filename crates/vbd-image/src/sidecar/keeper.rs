@@ -167,7 +167,7 @@ impl Keeper for Sidecar {
     fn changed(&self, session: &dyn Session, track: &Track) -> Result<()> {
         let mut state = self.state();
         if let Some(why) = &state.refused {
-            return Err(Error::new(ErrorKind::Unsupported, why.clone()));
+            return Err(Error::new(ErrorKind::Corrupt, why.clone()));
         }
         let size = session.geometry().size;
         self.write(&mut state, persistent(track), size, true).map_err(|error| failed(&error))

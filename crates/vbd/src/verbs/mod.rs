@@ -1,6 +1,9 @@
 //! The verbs. Each module holds the arguments of one and runs it.
 
 mod attach;
+mod backup;
+mod backups;
+mod bitmap;
 mod build;
 mod check;
 mod clone;
@@ -23,11 +26,13 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod restore;
 mod seed;
 mod serving;
 mod shrink;
 mod snapshot;
 mod stat;
+mod target;
 mod up;
 mod xen;
 
@@ -86,6 +91,10 @@ pub(crate) enum Verb {
     List(list::Args),
     Stat(stat::Args),
     Grow(grow::Args),
+    Bitmap(bitmap::Args),
+    Backup(Box<backup::Args>),
+    Backups(backups::Args),
+    Restore(restore::Args),
     Detach(detach::Args),
     Xen(xen::Args),
     Completions(completions::Args),
@@ -134,6 +143,10 @@ impl Verb {
             Verb::List(args) => list::run(args),
             Verb::Stat(args) => stat::run(args),
             Verb::Grow(args) => grow::run(args),
+            Verb::Bitmap(args) => bitmap::run(args),
+            Verb::Backup(args) => backup::run(*args),
+            Verb::Backups(args) => backups::run(args),
+            Verb::Restore(args) => restore::run(args),
             Verb::Detach(args) => detach::run(args),
             Verb::Xen(args) => xen::run(args),
             Verb::Completions(args) => completions::run(args),

@@ -1,0 +1,120 @@
+//! `vbd backup`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use vbd_daemon::control::{Client, JobInfo, JobState, NewBackup};
+use vbd_image::size::{Human, Size};
+use vbd_jobs::Progress;
+use vbd_jobs::backup::Done;
+
+use super::target::{self, Target};
+use crate::output::{print, print_json};
+use crate::progress::{Bar, stop_on_signals};
+
+/// How often a job is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Back a disk up, as it is at one instant, into a store that many backups share; while guests write, if it is served.
+///
+/// With --checkpoint a bitmap begins, so that the next backup with --incremental reads only what has changed.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    target: target::Args,
+    /// The store: a directory, which is made if it is not there
+    store: PathBuf,
+    /// The disk's name in the store (default: its own)
+    #[arg(long, value_name = "NAME")]
+    disk_name: Option<String>,
+    /// The backup's name (default: the time)
+    #[arg(long)]
+    name: Option<String>,
+    /// Read only what has changed since the disk's last backup in the store; a checkpoint begins for the next
+    #[arg(long, short)]
+    incremental: bool,
+    /// Read only what has changed since this backup
+    #[arg(long, value_name = "NAME", conflicts_with = "incremental")]
+    since: Option<String>,
+    /// Begin a checkpoint, for the next backup to be incremental
+    #[arg(long)]
+    checkpoint: bool,
+    /// The level of compression, 1 to 22
+    #[arg(long, value_parser = clap::value_parser!(i32).range(1..=22))]
+    level: Option<i32>,
+    /// The longest that a write of a guest may be held up, in milliseconds; past that the backup fails
+    #[arg(long, value_name = "MS", default_value_t = 2000)]
+    max_delay: u64,
+    /// The most that guests may overwrite before it was read; past that the backup fails (default: no bound)
+    #[arg(long, value_name = "SIZE")]
+    max_kept: Option<Size>,
+    /// Threads that read and compress
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let store = std::path::absolute(&args.store).with_context(|| args.store.display().to_string())?;
+    let asked = NewBackup {
+        store,
+        disk: args.disk_name,
+        name: args.name,
+        incremental: args.incremental,
+        checkpoint: args.checkpoint || args.incremental,
+        since: args.since,
+        level: args.level,
+        max_delay_ms: Some(args.max_delay),
+        max_kept: args.max_kept.map(Size::bytes),
+        threads: args.threads,
+    };
+    let bar = Bar::new(stop_on_signals());
+    let done = match args.target.find()? {
+        Target::Served(found) => {
+            let job = found.client.backup(&found.disk.name, &asked)?;
+            wait(&found.client, job, &bar).and_then(|value| Ok(serde_json::from_value(value)?))
+        }
+        Target::File(file) => {
+            let reads = !asked.checkpoint && asked.since.is_none();
+            let open = args.target.open(&file, reads)?;
+            let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            vbd_daemon::back_up(&open.session, &name, &asked, &bar).map_err(anyhow::Error::from)
+        }
+    };
+    bar.clear();
+    let done: Done = done?;
+    if args.json {
+        return print_json(&done);
+    }
+    let Done { name, size, read, stored, parent } = done;
+    let (size, read, stored) = (Human(size), Human(read), Human(stored));
+    let since = parent.map(|parent| format!(" since {parent}")).unwrap_or_default();
+    Ok(print(&format!("{name}: {size}, of which {read} were read{since} and {stored} stored\n"))?)
+}
+
+/// Watches a job until it ends, and passes on the wish to stop it.
+fn wait(client: &Client, mut job: JobInfo, bar: &Bar) -> anyhow::Result<serde_json::Value> {
+    let (mut step, mut shown, mut stopping) = (String::new(), 0, false);
+    loop {
+        match job.state {
+            JobState::Done => return Ok(job.result.unwrap_or_default()),
+            JobState::Failed => bail!("{}", job.problem.unwrap_or_default()),
+            JobState::Running => {}
+        }
+        if bar.is_cancelled() && !stopping {
+            client.cancel_job(job.id)?;
+            stopping = true;
+        }
+        if job.step != step {
+            bar.step(&job.step, job.total);
+            (step, shown) = (job.step.clone(), 0);
+        }
+        bar.advance(job.done.saturating_sub(shown));
+        shown = shown.max(job.done);
+        std::thread::sleep(LOOK_AGAIN);
+        job = client.job(job.id)?;
+    }
+}

@@ -1,0 +1,63 @@
+//! What verbs work on that do so live and offline: a disk that is served, or a file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::bail;
+use vbd_core::{Disk, Session};
+use vbd_formats::ImageSpec;
+
+use super::control::{self, Found, unknown};
+use super::image::ImageArgs;
+
+/// Which disk.
+#[derive(clap::Args)]
+#[group(skip)]
+pub(super) struct Args {
+    /// The name of a disk that is served, or a file
+    disk: String,
+    #[command(flatten)]
+    image: ImageArgs,
+    #[command(flatten)]
+    control: control::Args,
+}
+
+/// A disk that is served, or a file that is not.
+pub(super) enum Target {
+    Served(Box<Found>),
+    File(PathBuf),
+}
+
+impl Args {
+    /// Finds out which it is.
+    pub(super) fn find(&self) -> anyhow::Result<Target> {
+        let file = Path::new(&self.disk);
+        // A name has no slash in it; what has none is a name first.
+        let served = if self.disk.contains('/') { None } else { self.control.find(&self.disk)? };
+        let served = match served {
+            None if file.exists() => self.control.find_file(file)?,
+            other => other,
+        };
+        match served {
+            Some(found) => Ok(Target::Served(Box::new(found))),
+            None if file.exists() => Ok(Target::File(file.to_owned())),
+            None if self.disk.contains('/') => bail!("{}: there is no such file", file.display()),
+            None => Err(unknown(&self.disk).context(format!("{}: there is no such file", file.display()))),
+        }
+    }
+
+    /// Opens a file as a disk with bitmaps.
+    pub(super) fn open(&self, file: &Path, read_only: bool) -> anyhow::Result<Open> {
+        let spec = ImageSpec { read_only, ..self.image.spec(file)? };
+        let disk = vbd_formats::open_tracked(&spec)?;
+        let session = disk.open()?;
+        Ok(Open { session, _disk: disk })
+    }
+}
+
+/// An open file. Its bitmaps have been put away when it is dropped.
+pub(super) struct Open {
+    pub(super) session: Arc<dyn Session>,
+    // After the session.
+    _disk: Arc<dyn Disk>,
+}
