@@ -1,6 +1,6 @@
 //! Images of other programs, to be read and converted from: VMDK, VDI and VHDX.
 //!
-//! Each format gives a [`Layout`](layout::Layout): where each block of the disk is in the file. Its tables are read when
+//! Each format gives a [`Layout`]: where each block of the disk is in the file. Its tables are read when
 //! the image is opened, with bounds, and stay in memory; the rest is the same for all ([`Foreign`]).
 
 mod bytes;
