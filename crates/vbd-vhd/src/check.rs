@@ -1,12 +1,11 @@
 //! Whether everything in a VHD fits together, and mending its footers.
 
 use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 
 use vbd_image::ReadAt;
 
 use crate::format::{FOOTER_LEN, FooterPlace, FormatError, Head, MOST_BYTES, SECTOR, SizeRule, UNUSED};
+use crate::storage::Storage;
 
 /// The most problems that a report names one by one; the rest is counted.
 const MOST_NAMED: usize = 100;
@@ -20,6 +19,8 @@ pub enum Problem {
     NoCopy,
     /// Both are good and differ.
     FootersDiffer,
+    /// They differ in the size alone: a change of it was interrupted, and the copy at the start counts.
+    HalfResized,
     /// The footer is not right behind the content: room that nothing refers to.
     Slack {
         /// Bytes between.
@@ -55,7 +56,7 @@ pub enum Problem {
 impl Problem {
     /// Whether [`repair`] mends it.
     pub fn is_repairable(&self) -> bool {
-        matches!(self, Problem::NoFooter | Problem::NoCopy | Problem::Slack { .. })
+        matches!(self, Problem::NoFooter | Problem::NoCopy | Problem::HalfResized | Problem::Slack { .. })
     }
 
     /// Whether content may be wrong or lost. A leak is not an error.
@@ -70,6 +71,9 @@ impl fmt::Display for Problem {
             Problem::NoFooter => f.write_str("the footer at the end is damaged or missing; its copy is good"),
             Problem::NoCopy => f.write_str("the footer's copy at the start is damaged; the footer is good"),
             Problem::FootersDiffer => f.write_str("the footer and its copy at the start differ"),
+            Problem::HalfResized => {
+                f.write_str("a change of the size was interrupted: the footer has the old one")
+            }
             Problem::Slack { bytes } => write!(f, "{bytes} bytes before the footer are not used by anything"),
             Problem::Outside { block, sector } => {
                 write!(f, "block {block} has the place {sector} (in sectors), which is not in the file")
@@ -119,8 +123,8 @@ impl Report {
 ///
 /// # Errors
 /// It is none, or so damaged that its blocks cannot be found, or it cannot be read.
-pub fn check(file: &File) -> Result<Report, FormatError> {
-    look(file, file.metadata()?.len())
+pub fn check(file: &(impl Storage + ?Sized)) -> Result<Report, FormatError> {
+    look(file, file.length()?)
 }
 
 /// The same on anything that can be read, of `len` bytes.
@@ -134,6 +138,7 @@ pub fn look(source: &(impl ReadAt + ?Sized), len: u64) -> Result<Report, FormatE
         FooterPlace::Good => {}
         FooterPlace::OnlyEnd => report.add(Problem::NoCopy),
         FooterPlace::OnlyStart => report.add(Problem::NoFooter),
+        FooterPlace::Differ if head.is_half_resized(source)? => report.add(Problem::HalfResized),
         FooterPlace::Differ => report.add(Problem::FootersDiffer),
     }
     let size = match head.size(SizeRule::Maker) {
@@ -222,8 +227,8 @@ pub(crate) fn overlaps(head: &Head, table: &[u32]) -> Vec<Problem> {
 ///
 /// # Errors
 /// Those of [`check`], or the file cannot be written.
-pub fn repair(file: &File) -> Result<Report, FormatError> {
-    let len = file.metadata()?.len();
+pub fn repair(file: &(impl Storage + ?Sized)) -> Result<Report, FormatError> {
+    let len = file.length()?;
     let before = look(file, len)?;
     let mut repaired = Vec::new();
     // Where blocks do not fit together, what nothing refers to may be what is missed.
@@ -235,19 +240,20 @@ pub fn repair(file: &File) -> Result<Report, FormatError> {
         let wanted = end + FOOTER_LEN as u64;
         // The good one stays until the other is durable.
         if before.problems.contains(&Problem::NoCopy) {
-            file.write_all_at(&footer, 0)?;
-            file.sync_data()?;
+            file.write_all_at(0, &footer)?;
+            file.sync()?;
             repaired.push("the footer's copy at the start was written".to_owned());
         }
-        if len != wanted || before.problems.contains(&Problem::NoFooter) {
-            file.write_all_at(&footer, end)?;
-            file.sync_data()?;
+        let is_old = |problem: &Problem| matches!(problem, Problem::NoFooter | Problem::HalfResized);
+        if len != wanted || before.problems.iter().any(is_old) {
+            file.write_all_at(end, &footer)?;
+            file.sync()?;
             repaired.push(format!("the footer was written at {end}"));
             if len > wanted {
                 file.set_len(wanted)?;
                 repaired.push(format!("{} bytes behind the content were given back", len - wanted));
             }
-            file.sync_all()?;
+            file.sync()?;
         }
     }
     let mut report = check(file)?;

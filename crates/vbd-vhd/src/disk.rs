@@ -199,7 +199,8 @@ impl Vhd {
     /// After a crash there may be more, which nobody refers to.
     fn settle(&self, file: &File, head: &Head, table: &[u32], end: u64) -> Result<()> {
         let options = &self.options;
-        if head.place == FooterPlace::Differ {
+        let failed = |error| options.format_error(error);
+        if head.place == FooterPlace::Differ && !head.is_half_resized(file).map_err(failed)? {
             return Err(options.corrupt(
                 "the footer and its copy differ: open it for reading only, or have it repaired by `vbd check`",
             ));
@@ -283,8 +284,7 @@ impl Session for VhdSession {
     }
 
     fn grow(&self, _size: u64) -> Result<()> {
-        let message =
-            "a VHD does not grow while it is served, nor in place: convert it to one of the new size";
+        let message = "a VHD does not grow while it is served: stop that, and resize it then";
         Err(Error::new(ErrorKind::Unsupported, message).of(&self.image.label))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`mod@format`]: what is in the file, read with bounds and written.
 //! - [`Vhd`]: such a file as a disk.
-//! - [`create()`]: a new one.
+//! - [`create()`]: a new one; [`grow()`]: a larger one.
 //! - [`check()`]: whether everything in one fits together, and [`repair()`].
 //!
 //! A VHD ends at 2040 GiB.
@@ -11,11 +11,15 @@ pub mod check;
 pub mod create;
 mod disk;
 pub mod format;
+mod grow;
 mod live;
+mod storage;
 
 pub use check::{check, repair};
 pub use create::create;
 pub use disk::{Parent, Vhd, VhdOptions};
+pub use grow::{GrowError, grow};
+pub use storage::Storage;
 
 /// What the fuzzer calls: a whole file, opened, its table read, checked, and its parents named.
 pub fn fuzz(bytes: &[u8]) {

@@ -95,6 +95,27 @@ impl Head {
         Ok(Head { footer, place, header: Some(header), file_len, batmap_end })
     }
 
+    /// Whether tapdisk's table of full blocks lies behind the BAT.
+    pub fn has_batmap(&self) -> bool {
+        self.batmap_end > 0
+    }
+
+    /// Whether footer and copy differ in nothing but the size and what goes with it: its change was interrupted, and the
+    /// copy at the start, which is changed first, counts.
+    ///
+    /// # Errors
+    /// The footer at the end cannot be read.
+    pub fn is_half_resized(&self, source: &(impl ReadAt + ?Sized)) -> Result<bool, FormatError> {
+        let at = self.file_len.saturating_sub(FOOTER_LEN as u64);
+        let Some(Ok(mut end)) = exactly::<FOOTER_LEN>(source, at)?.map(|bytes| Footer::parse(&bytes)) else {
+            return Ok(false);
+        };
+        end.current_size = self.footer.current_size;
+        end.geometry = self.footer.geometry;
+        end.creator = self.footer.creator;
+        Ok(self.place == FooterPlace::Differ && end == self.footer)
+    }
+
     /// The size of the disk in bytes.
     ///
     /// # Errors

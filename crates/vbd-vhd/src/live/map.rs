@@ -144,7 +144,8 @@ impl Map {
     /// The blocks of a disk in a file whose content ends at `end`. Entries that cannot be are remembered as damaged.
     pub(crate) fn new(header: &DynamicHeader, footer: Footer, table: &[u32], end: u64) -> Self {
         let (bitmap_len, block_size) = (header.bitmap_len(), u64::from(header.block_size));
-        let first = header.table_offset.max(SECTOR);
+        // Behind footer and header at least; what else must not be met is looked at before anything is written.
+        let first = footer.data_offset + crate::format::HEADER_LEN as u64;
         let state = |entry: &u32| {
             let start = u64::from(*entry) * SECTOR;
             let is_damaged = *entry != UNUSED && (start < first || start + bitmap_len + block_size > end);
