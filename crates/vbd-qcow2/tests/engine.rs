@@ -19,6 +19,7 @@ struct Case {
     shape: Shape,
     backing: Option<(PathBuf, &'static str)>,
     model: Vec<u8>,
+    snapshots: Vec<(String, Vec<u8>)>,
     _dir: tempfile::TempDir,
 }
 
@@ -58,7 +59,7 @@ impl Case {
             (converted, "qcow2")
         });
         shape.create(&path, backing.as_ref().map(|(path, format)| (path.as_path(), *format)));
-        Case { path, shape, backing, model, _dir: dir }
+        Case { path, shape, backing, model, snapshots: Vec::new(), _dir: dir }
     }
 
     fn open(&self, cache_bytes: Option<u64>) -> Arc<dyn Session> {
@@ -91,6 +92,33 @@ impl Case {
                 answer.result.unwrap_or_else(|error| panic!("{ask:?}: {error}"));
                 self.apply(&ask, &answer.data, &answer.extents, &clients[0]);
             }
+        }
+    }
+
+    /// Makes, applies or deletes a snapshot.
+    fn snapshot(&mut self, random: &mut Random, session: &Arc<dyn Session>) {
+        let live = session.live().expect("qcow2 has it");
+        let known: Vec<String> = live.snapshots().expect("a list").into_iter().map(|one| one.name).collect();
+        assert!(known.iter().eq(self.snapshots.iter().map(|(name, _)| name)), "other snapshots");
+        match random.below(3) {
+            0 if self.snapshots.len() < 3 => {
+                let name = format!("snapshot {}", random.next_u64());
+                live.create_snapshot(&name).expect("a snapshot");
+                self.snapshots.push((name, self.model.clone()));
+            }
+            1 if !self.snapshots.is_empty() => {
+                let (name, content) = random.one_of(&self.snapshots).clone();
+                match live.apply_snapshot(&name) {
+                    Ok(()) => self.model = content,
+                    Err(error) => assert!(content.len() != self.model.len(), "{error}"),
+                }
+            }
+            2 if !self.snapshots.is_empty() => {
+                let (name, _) = self.snapshots.remove(random.index(self.snapshots.len()));
+                live.delete_snapshot(&name).expect("deleted");
+                assert!(live.delete_snapshot(&name).is_err(), "deleted twice");
+            }
+            _ => {}
         }
     }
 
@@ -176,7 +204,12 @@ fn random_requests_by_several_queues() {
             let session = case.open(cache);
             let engine = |index| if index % 3 == 2 { EngineKind::Threads } else { EngineKind::Auto };
             let clients: Vec<Client> = (0..3).map(|index| Client::on_disk(engine(index), &session)).collect();
-            case.drive(&mut random, &clients, 25);
+            for _ in 0..5 {
+                case.drive(&mut random, &clients, 5);
+                if case.shape.has_snapshots() {
+                    case.snapshot(&mut random, &session);
+                }
+            }
             assert!(
                 clients[1].read(0, case.model.len() as u64) == case.model,
                 "seed {seed}: the end differs"

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vbd_core::memory::Buffer;
-use vbd_core::range_lock::RangeLocks;
+use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Guard, Result};
 
 use super::counts::Freed;
@@ -40,6 +40,9 @@ pub(super) struct Progress {
     served: AtomicU64,
     /// Held by the commit that runs, until its last write has ended.
     turn: Arc<RangeLocks>,
+    /// Held by each task that gives clusters back, at its own number.
+    reclaiming: Arc<RangeLocks>,
+    reclaims: AtomicU64,
     /// A commit failed in a way that nothing mends.
     lost: AtomicBool,
     /// A commit was started because much has changed.
@@ -209,8 +212,11 @@ impl Image {
         Ok(())
     }
 
-    /// Gives clusters back whose last reference is durably gone, once nobody uses them, in a task of its own.
+    /// Gives clusters back whose last reference is durably gone, once nobody uses them, in a task of its own. Where
+    /// somebody is alone with the image or about to be, that is left to them.
     fn start_reclaim(self: &Arc<Self>, io: &Io) {
+        let number = self.progress.reclaims.fetch_add(1, Ordering::SeqCst);
+        let Some(turn) = self.progress.reclaiming.try_lock(number..number + 1) else { return };
         let clusters = std::mem::take(&mut self.pending().reclaimable);
         if clusters.is_empty() {
             return;
@@ -223,7 +229,13 @@ impl Image {
             if let Err(error) = image.reclaim(&task, freed).await {
                 tracing::warn!("{}: cannot give space back now: {error}", image.label);
             }
+            drop(turn);
         });
+    }
+
+    /// Waits for the tasks that give clusters back, and keeps others from being started.
+    pub(super) async fn hold_reclaims(&self) -> RangeGuard {
+        self.progress.reclaiming.lock(0..u64::MAX).await
     }
 
     /// Starts a commit where so much has changed that the next flush would take long, or memory is short.

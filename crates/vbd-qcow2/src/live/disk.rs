@@ -16,6 +16,8 @@ use super::map::L1;
 use super::service::{self, Place};
 use super::session::{Qcow2Session, Shared, geometry};
 use super::set::ClusterSet;
+use super::snapshot::read_table;
+use crate::check::{self, Repair, repair};
 use crate::format::{Encryption, Header, L1Entry, RefcountTableEntry, at, autoclear, incompatible};
 
 /// How to serve a qcow2 image.
@@ -97,6 +99,9 @@ impl Qcow2 {
         let wanted = lease::Options { override_: options.share, wait: options.lease_wait };
         let lease =
             Lease::acquire(backend.descriptor().as_fd(), &options.path, mode, wanted).map_err(lease_error)?;
+        if !options.read_only {
+            self.mend_if_dirty().map_err(|error| error.of(options.label()))?;
+        }
         // The file may have grown while its lease was waited for.
         backend.refresh()?;
         backend.drop_cached();
@@ -107,6 +112,35 @@ impl Qcow2 {
         let image = service::run(place, move |io| async move { opening.open(&io).await });
         let image = image.map_err(|error| error.of(options.label()))?;
         Ok(Qcow2Session::new(Arc::new(image), self.shared.clone(), lease))
+    }
+}
+
+impl Qcow2 {
+    /// Makes the refcounts of an image right that says that they may be wrong: a program that writes them late, or one
+    /// that was changing snapshots, has not ended as it should. The lease is held.
+    fn mend_if_dirty(&self) -> Result<()> {
+        let failed = |error| Error::io("cannot open", error);
+        let file = std::fs::File::open(&self.options.path).map_err(failed)?;
+        // What is wrong with it otherwise is said when it is opened.
+        let Ok(header) = Header::read(&file) else { return Ok(()) };
+        if !header.has(incompatible::DIRTY)
+            || header.has(incompatible::CORRUPT)
+            || header.refuse_unknown().is_err()
+        {
+            return Ok(());
+        }
+        tracing::warn!("{}: was not closed cleanly; its refcounts are being checked", self.options.label());
+        let file =
+            std::fs::File::options().read(true).write(true).open(&self.options.path).map_err(failed)?;
+        let repaired = repair(&file, Repair::All, &check::Options::default())
+            .map_err(|error| corrupt(format!("was not closed cleanly, and cannot be repaired: {error}")))?;
+        repaired.actions.iter().for_each(|action| tracing::warn!("{}: {action}", self.options.label()));
+        if repaired.after.errors > 0 {
+            let message =
+                "was not closed cleanly, and not all that is wrong could be repaired; see `vbd check`";
+            return Err(corrupt(message));
+        }
+        Ok(())
     }
 }
 
@@ -185,19 +219,30 @@ impl Opening {
                 .await?;
             table.iter_mut().for_each(|entry| *entry = RefcountTableEntry(*entry).offset());
         }
-        let mut add = |offset: u64, len: u64| {
-            let first = offset >> layout.cluster_bits;
-            (first..first + layout.clusters(len)).for_each(|cluster| {
-                metadata.insert(cluster);
-            });
+        let mut tables = vec![
+            (0, 1),
+            (header.l1_offset, header.l1_bytes()),
+            (header.refcount_table_offset, header.refcount_table_bytes()),
+        ];
+        tables.extend(table.iter().filter(|offset| **offset != 0).map(|offset| (*offset, 1)));
+        let leads = |entries: &[u64]| -> Vec<u64> {
+            entries.iter().map(|entry| L1Entry(*entry).offset()).filter(|offset| *offset != 0).collect()
         };
-        add(0, 1);
-        add(header.l1_offset, header.l1_bytes());
-        add(header.refcount_table_offset, header.refcount_table_bytes());
-        table.iter().filter(|offset| **offset != 0).for_each(|offset| add(*offset, 1));
-        for entry in &l1 {
-            if L1Entry(*entry).offset() != 0 {
-                add(L1Entry(*entry).offset(), 1);
+        tables.extend(leads(&l1).into_iter().map(|offset| (offset, 1)));
+        if write && header.snapshots > 0 {
+            let (snapshots, len) = read_table(io, &header, self.backend.size()).await?;
+            tables.push((header.snapshots_offset, len));
+            for snapshot in snapshots {
+                let len = u64::from(snapshot.l1_entries) * 8;
+                let entries = self.entries(io, "the L1 table of a snapshot", snapshot.l1_offset, len).await?;
+                tables.push((snapshot.l1_offset, len));
+                tables.extend(leads(&entries).into_iter().map(|offset| (offset, 1)));
+            }
+        }
+        for (offset, len) in tables {
+            let first = offset >> layout.cluster_bits;
+            for cluster in first..first + layout.clusters(len) {
+                metadata.insert(cluster);
             }
         }
         let known = self.backend.size().div_ceil(layout.cluster_size());

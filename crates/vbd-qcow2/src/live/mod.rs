@@ -20,6 +20,7 @@ mod resize;
 mod service;
 mod session;
 mod set;
+mod snapshot;
 mod space;
 mod write;
 

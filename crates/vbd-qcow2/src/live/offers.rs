@@ -8,39 +8,49 @@ use super::image::Image;
 use super::io::{Io, corrupt};
 use super::map::Span;
 use super::session::Qcow2Session;
+use super::snapshot::told;
 
 /// The most extents in one answer.
 const MOST_EXTENTS: usize = 65_536;
 
 impl Live for Qcow2Session {
     fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        Err(later())
+        self.named(|image, io| async move {
+            let (snapshots, _) = image.snapshot_table(&io).await?;
+            Ok(snapshots.iter().map(|snapshot| told(&image, snapshot)).collect())
+        })
     }
 
-    fn create_snapshot(&self, _name: &str) -> Result<Snapshot> {
-        Err(later())
+    fn create_snapshot(&self, name: &str) -> Result<Snapshot> {
+        let name = name.to_owned();
+        self.named(|image, io| async move { image.create_snapshot(&io, &name).await })
     }
 
-    fn apply_snapshot(&self, _snapshot: &str) -> Result<()> {
-        Err(later())
+    fn apply_snapshot(&self, snapshot: &str) -> Result<()> {
+        let wanted = snapshot.to_owned();
+        self.named(|image, io| async move { image.apply_snapshot(&io, &wanted).await })
     }
 
-    fn delete_snapshot(&self, _snapshot: &str) -> Result<()> {
-        Err(later())
+    fn delete_snapshot(&self, snapshot: &str) -> Result<()> {
+        let wanted = snapshot.to_owned();
+        self.named(|image, io| async move { image.delete_snapshot(&io, &wanted).await })
     }
 
     fn layer(&self, offset: u64, len: u64) -> Result<Vec<LayerExtent>> {
-        let label = self.label().to_owned();
-        let told = self.run(move |image, io| async move { layer(&image, &io, offset, len).await });
-        told.map_err(|error| error.of(label))
+        self.named(move |image, io| async move { layer(&image, &io, offset, len).await })
     }
 }
 
-fn later() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "snapshots inside an image cannot be changed here; use qemu-img snapshot",
-    )
+impl Qcow2Session {
+    /// Runs a task on the image; an error says which one.
+    fn named<T, W, F>(&self, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + 'static,
+        W: FnOnce(Arc<Image>, Io) -> F + Send + 'static,
+    {
+        self.run(work).map_err(|error| error.of(self.label()))
+    }
 }
 
 async fn layer(image: &Arc<Image>, io: &Io, offset: u64, len: u64) -> Result<Vec<LayerExtent>> {

@@ -30,7 +30,7 @@ impl Image {
             );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if let Some(data) = &self.data_file {
+        if let Some(data) = self.data_file.as_ref().filter(|data| data.geometry().size < size) {
             data.grow(size)?;
         }
         let turn = Quiet::new(self).await;

@@ -249,4 +249,56 @@ impl Image {
         self.counts.state().blocks.entry(number).or_insert(block);
         Ok(())
     }
+
+    /// Adds a reference to each of these clusters, all of which have some.
+    ///
+    /// # Errors
+    /// A count would be more than it can say, and nothing was changed; or what reading counts meets.
+    pub(super) async fn refer(&self, io: &Io, clusters: &[u64]) -> Result<()> {
+        for cluster in clusters {
+            self.load_count(io, *cluster).await?;
+        }
+        let mut state = self.counts.state();
+        let most = self.layout.refcount_width.max();
+        for (done, cluster) in clusters.iter().enumerate() {
+            let count = state.count(*cluster);
+            if count == 0 || count >= most {
+                for cluster in &clusters[..done] {
+                    let count = state.count(*cluster);
+                    state.set(*cluster, count - 1);
+                }
+                if count == 0 {
+                    return Err(corrupt(format!(
+                        "cluster {cluster:#x} is in use, and its refcount is 0; check and repair the image"
+                    )));
+                }
+                let message = format!(
+                    "a cluster has {count} references, the most that {} bits can say; delete snapshots, or convert to an image with wider refcounts",
+                    self.layout.refcount_width.bits()
+                );
+                return Err(vbd_core::Error::new(vbd_core::ErrorKind::Unsupported, message));
+            }
+            state.set(*cluster, count + 1);
+        }
+        Ok(())
+    }
+
+    /// The count of a cluster.
+    pub(super) async fn count_of(&self, io: &Io, cluster: u64) -> Result<u64> {
+        self.load_count(io, cluster).await?;
+        Ok(self.counts.state().count(cluster))
+    }
+
+    /// Takes a reference away from each of these clusters, all of which keep some.
+    pub(super) async fn unrefer(&self, io: &Io, clusters: &[u64]) -> Result<()> {
+        for cluster in clusters {
+            self.load_count(io, *cluster).await?;
+        }
+        let mut state = self.counts.state();
+        for cluster in clusters {
+            let count = state.count(*cluster);
+            state.set(*cluster, count.saturating_sub(1));
+        }
+        Ok(())
+    }
 }

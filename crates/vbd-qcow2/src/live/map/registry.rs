@@ -67,6 +67,11 @@ impl Registry {
         state.tables.insert(table.index, slot);
         state.keep(table.index, self.bound);
     }
+
+    /// Forgets all tables, where their places mean something else from now on. None of them is dirty or in use.
+    pub(in crate::live) fn clear(&self) {
+        *self.state() = State::default();
+    }
 }
 
 impl State {
