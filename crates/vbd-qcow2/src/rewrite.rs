@@ -91,10 +91,13 @@ mod tests {
     use std::cell::RefCell;
     use vbd_image::ReadAt;
 
+    /// What was written between two syncs: where, and what.
+    type Step = Vec<(usize, Vec<u8>)>;
+
     /// Remembers what was written between syncs.
     struct Recorded {
         bytes: RefCell<Vec<u8>>,
-        steps: RefCell<Vec<Vec<(usize, Vec<u8>)>>>,
+        steps: RefCell<Vec<Step>>,
     }
 
     impl ReadAt for Recorded {
