@@ -4,6 +4,7 @@
 pub mod client;
 pub mod corpus;
 mod disk;
+mod failing;
 mod mount;
 pub mod power;
 pub mod qcow2;
@@ -13,6 +14,7 @@ mod random;
 use std::time::{Duration, Instant};
 
 pub use disk::{Asked, Behaviour, MemDisk};
+pub use failing::{Failing, with_failing};
 pub use mount::unmount;
 pub use random::{Random, seeds};
 

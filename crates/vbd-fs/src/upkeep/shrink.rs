@@ -3,18 +3,26 @@
 //! resize2fs moves blocks and inodes, which it does not do crash-safe: it works on a copy beside the image, which takes the
 //! image's place when all is done. Where the filesystem below shares blocks the copy costs nothing.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use sha2::{Digest as _, Sha256};
+use tempfile::NamedTempFile;
 use vbd_image::size::Human;
 
 use super::check::run;
 use super::copy::{copy, range};
 use super::{Disk, Volume};
+use crate::digest::hex;
 use crate::error::Context;
 use crate::process::e2fsprogs;
 use crate::{Error, Progress, Result, Step};
+
+/// Bytes of an image's name that leave room in a name for what a shrink adds.
+const LONGEST: usize = 200;
 
 /// What became smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,13 +98,13 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
     let directory = disk.path.canonicalize().at("find", &disk.path)?;
     let target = directory.clone();
     let directory = directory.parent().unwrap_or(Path::new("/"));
-    let new = tempfile::Builder::new().prefix(".vbd-").suffix(".shrunk").tempfile_in(directory);
-    let new = new.at("make a file beside", &disk.path)?;
+    let beside = Beside::new(&target, directory, progress)?;
+    let new = beside.image()?;
     copy(&disk, new.as_file(), progress)?;
     progress.step(Step::Write, None);
     match &volume {
         Some((volume, size)) if volume.start == 0 => resize(&disk, new.path(), volume, *size, progress)?,
-        Some((volume, size)) => in_a_file(&disk, new.as_file(), directory, volume, *size, progress)?,
+        Some((volume, size)) => in_a_file(&disk, new.as_file(), &beside, volume, *size, progress)?,
         None => {}
     }
     new.as_file().set_len(size).at("make smaller", new.path())?;
@@ -112,6 +120,48 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
         .map_err(|error| Error::io(format!("cannot replace {}", target.display()), error.error))?;
     File::open(directory).and_then(|directory| directory.sync_all()).at("flush", directory)?;
     Ok(Smaller { before, size })
+}
+
+/// The files that a shrink makes beside the image: the new one, and one for a filesystem in a partition of it.
+struct Beside<'a> {
+    directory: &'a Path,
+    names: [OsString; 2],
+}
+
+impl<'a> Beside<'a> {
+    /// Their names go by the image's. What has them was left by a shrink that was killed, for only who has the image's lease
+    /// shrinks it: it is removed.
+    fn new(target: &Path, directory: &'a Path, progress: &mut dyn Progress) -> Result<Beside<'a>> {
+        let name = target.file_name().unwrap_or_default().as_bytes();
+        let name =
+            if name.len() <= LONGEST { name.to_vec() } else { hex(&Sha256::digest(name)).into_bytes() };
+        let full = |end: &[u8]| OsString::from_vec([b".vbd-".as_slice(), name.as_slice(), end].concat());
+        let names = [full(b".shrunk"), full(b".part.shrunk")];
+        for left in names.iter().map(|name| directory.join(name)) {
+            match std::fs::remove_file(&left) {
+                Ok(()) => {
+                    let what = "which a shrink left that was killed";
+                    progress.message(&format!("removed {}, {what}", left.display()));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).at("remove what a killed shrink left,", &left),
+            }
+        }
+        Ok(Beside { directory, names })
+    }
+
+    fn make(&self, name: &OsStr) -> Result<NamedTempFile> {
+        let new = tempfile::Builder::new().prefix(name).rand_bytes(0).tempfile_in(self.directory);
+        new.at("make", &self.directory.join(name))
+    }
+
+    fn image(&self) -> Result<NamedTempFile> {
+        self.make(&self.names[0])
+    }
+
+    fn partition(&self) -> Result<NamedTempFile> {
+        self.make(&self.names[1])
+    }
 }
 
 /// Refuses a size below what is used: resize2fs would refuse or fail later, and say less.
@@ -145,13 +195,12 @@ fn enough(disk: &Disk, volume: &Volume, size: u64) -> Result<()> {
 fn in_a_file(
     disk: &Disk,
     new: &File,
-    directory: &Path,
+    beside: &Beside<'_>,
     volume: &Volume,
     size: u64,
     progress: &mut dyn Progress,
 ) -> Result<()> {
-    let alone = tempfile::Builder::new().prefix(".vbd-").suffix(".shrunk").tempfile_in(directory);
-    let alone = alone.at("make a file in", directory)?;
+    let alone = beside.partition()?;
     alone.as_file().set_len(volume.size).at("set the size of", alone.path())?;
     let whole = (volume.start, volume.start + volume.size);
     let interrupted = |done: bool| if done { Ok(()) } else { Err(Error::Interrupted) };

@@ -2,6 +2,7 @@
 
 mod compare;
 mod disk;
+mod failing;
 mod image;
 mod interrupted;
 mod kernel;
