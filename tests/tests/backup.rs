@@ -138,6 +138,41 @@ fn bitmaps_are_kept_while_served_and_beside_the_file() -> Result<()> {
     ensure!(marked("disk")? == live, "{:?}", marked("disk")?);
     let refused = scratch.vbd(["bitmap", "add", "disk", "first"])?;
     ensure!(refused.status.code() == Some(1) && refused.stderr.contains("already"), "{}", refused.stderr);
+    // As clients of NBD see them.
+    let listed = run_ok("nbdinfo", ["--list", &uri], LIMIT)?;
+    ensure!(listed.contains("qemu:dirty-bitmap:second") && listed.contains("base:allocation"), "{listed}");
+    let map = run_ok("nbdinfo", ["--map=qemu:dirty-bitmap:second", &uri], LIMIT)?;
+    let map: Vec<Vec<&str>> = map.lines().map(|line| line.split_whitespace().take(3).collect()).collect();
+    let runs = [
+        ["0", "1048576", "0"],
+        ["1048576", "4096", "1"],
+        ["1052672", "1044480", "0"],
+        ["2097152", "4096", "1"],
+        ["2101248", "14675968", "0"],
+    ];
+    ensure!(map == runs, "{map:?}");
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export=disk,x-dirty-bitmap=qemu:dirty-bitmap:second",
+        socket.display()
+    );
+    let map = run_ok("qemu-img", ["map", "--output=json", "--image-opts", &image], LIMIT)?;
+    let map: Vec<serde_json::Value> = serde_json::from_str(&map)?;
+    // QEMU calls dirty what has no data, with this option.
+    let dirty: Vec<_> =
+        map.iter().filter(|run| run["data"] == false).map(|run| (&run["start"], &run["length"])).collect();
+    ensure!(dirty.len() == 2 && dirty[0] == (&1_048_576.into(), &4096.into()), "{map:?}");
+    let both = "import nbd\nh = nbd.NBD()\nh.add_meta_context('base:allocation')\n\
+                h.add_meta_context('qemu:dirty-bitmap:first')\nh.add_meta_context('qemu:dirty-bitmap:second')\n\
+                h.add_meta_context('qemu:dirty-bitmap:none')\nh.connect_uri(URI)\n\
+                assert not h.can_meta_context('qemu:dirty-bitmap:none')\nseen = {}\n\
+                h.block_status(16 << 20, 0, lambda name, at, runs, error: seen.update({name: runs}))\n\
+                assert seen['qemu:dirty-bitmap:first'][:4] == [65536, 1, 983040, 0], seen\n\
+                assert seen['qemu:dirty-bitmap:second'][:4] == [1048576, 0, 4096, 1], seen\n\
+                assert sum(seen['base:allocation'][::2]) == 16 << 20, seen\n\
+                seen.clear()\n\
+                h.block_status(8192, 65536 - 4096, lambda name, at, runs, error: seen.update({name: runs}), nbd.CMD_FLAG_REQ_ONE)\n\
+                assert seen['qemu:dirty-bitmap:first'] == [4096, 1] and len(seen) == 3, seen\n";
+    run_ok("/usr/bin/python3", ["-c", &both.replace("URI", &format!("'{uri}'"))], LIMIT)?;
     // Found by its file too, while it is served.
     vbd(&scratch, &["bitmap", "merge", &file, "first", "second"])?;
     ensure!(server.stop()?.success());

@@ -71,6 +71,11 @@ pub trait Disk: Send + Sync {
     /// Counters of the disk, over all its sessions.
     fn statistics(&self) -> &Statistics;
 
+    /// The dirty bitmaps of the session that is open now, if there is one and it has some. Does not block.
+    fn track(&self) -> Option<Arc<Track>> {
+        None
+    }
+
     /// Calls `watcher` on every event, on the thread that caused it, until the given value is dropped.
     fn watch(&self, watcher: Box<dyn Fn(Event) + Send + Sync>) -> Arc<dyn Send + Sync>;
 }

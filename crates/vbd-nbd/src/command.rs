@@ -16,6 +16,8 @@ pub(crate) struct Terms {
     pub(crate) headers: Headers,
     /// base:allocation was selected.
     pub(crate) allocation: bool,
+    /// Dirty bitmaps were selected.
+    pub(crate) bitmaps: bool,
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     /// Every write is to be durable when it completes.
@@ -29,6 +31,7 @@ impl Terms {
         Terms {
             headers: Headers::default(),
             allocation: false,
+            bitmaps: false,
             size: geometry.size,
             read_only: read_only || capabilities.read_only,
             durable: !capabilities.write_cache,
@@ -115,7 +118,7 @@ impl Terms {
             command::FLUSH => (Some(Kind::Flush), FUA),
             command::TRIM => (Some(Kind::Discard), FUA),
             command::WRITE_ZEROES => (Some(Kind::Zero), FUA | NO_HOLE | FAST_ZERO),
-            command::BLOCK_STATUS if self.allocation => (Some(Kind::Status), FUA | REQ_ONE),
+            command::BLOCK_STATUS if self.allocation || self.bitmaps => (Some(Kind::Status), FUA | REQ_ONE),
             command::CACHE => (None, FUA),
             command::DISC => return Ok(Verdict::Disconnect),
             _ => return Err(NbdError::Inval),

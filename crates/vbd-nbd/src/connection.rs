@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use vbd_core::track::Track;
 use vbd_core::{Channel, IoVec, Operation, QueueCounters, Request, Result, Session, Sink};
 use vbd_ring::{Completion, FileHandle, Local, Op, OpId, TimerId};
 
@@ -18,8 +19,9 @@ use crate::export::{Export, Label};
 use crate::memory::{Account, SCRATCH, Thread};
 use crate::negotiation::{ExportInfo, Negotiation, Step};
 use crate::outbox::{Outbox, Payload};
+use crate::protocol::DIRTY_BITMAP_ID;
 use crate::server::Shared;
-use crate::transmission::{Transmission, Turn};
+use crate::transmission::{Dirty, Transmission, Turn};
 use crate::transport::{Received, Tls, Transport};
 
 /// With so many commands under way others follow soon; with few, staying awake for them gains nothing.
@@ -52,6 +54,7 @@ struct Attached {
     channel: Rc<dyn Channel>,
     counters: Arc<QueueCounters>,
     read_only: bool,
+    track: Option<Arc<Track>>,
     _label: Label,
 }
 
@@ -366,9 +369,10 @@ impl Connection {
         let terms = Terms::new(&geometry, &capabilities, export.read_only);
         let label = Export::label(&export);
         let attached = Attached {
-            channel: session.channel(&self.local).map_err(|error| refused(&error))?,
+            channel: session.clone().channel(&self.local).map_err(|error| refused(&error))?,
             counters: export.disk.statistics().queue(&label.to_string()),
             read_only: terms.read_only,
+            track: session.track().cloned(),
             _label: label,
         };
         Ok((export_info(&geometry, &capabilities, export.read_only), Some((terms, attached))))
@@ -392,12 +396,19 @@ impl Connection {
                     if let Some(deadline) = state.deadline.take() {
                         self.local.cancel_timer(deadline);
                     }
-                    state.attached = Some(attached);
                     let agreed = negotiation.finish();
                     state.backlog = agreed.rest;
-                    let terms = Terms { headers: agreed.headers, allocation: agreed.allocation, ..terms };
-                    let account = self.account();
-                    Phase::Transmission(Box::new(Transmission::new(terms, account)))
+                    let track = attached.track.iter();
+                    let dirty =
+                        |((id, name), track): (_, &Arc<Track>)| Dirty { id, name, track: track.clone() };
+                    let named = (DIRTY_BITMAP_ID..).zip(agreed.bitmaps);
+                    let bitmaps: Vec<_> = named.zip(track.cycle()).map(dirty).collect();
+                    let (headers, allocation) = (agreed.headers, agreed.allocation);
+                    let terms = Terms { headers, allocation, bitmaps: !bitmaps.is_empty(), ..terms };
+                    let mut transmission = Transmission::new(terms, self.account());
+                    transmission.bitmaps = bitmaps;
+                    state.attached = Some(attached);
+                    Phase::Transmission(Box::new(transmission))
                 }
                 (step, _) => {
                     state.deaf |= step == Step::Close;

@@ -1,8 +1,9 @@
-//! Answers to block status: what the disk tells, as descriptors of base:allocation.
+//! Answers to block status: what the disk tells as descriptors of base:allocation, and what bitmaps tell.
 
+use vbd_core::bitmap::Bitmap;
 use vbd_core::{Extent, ExtentKind};
 
-use crate::protocol::{BASE_ALLOCATION_ID, state};
+use crate::protocol::{BASE_ALLOCATION_ID, DIRTY, state};
 
 /// What the client wants to know.
 #[derive(Clone, Copy, Debug)]
@@ -37,9 +38,50 @@ fn flags(kind: ExtentKind) -> u32 {
     }
 }
 
+/// What the disk has told. See [`encode`].
+pub(crate) fn allocation(extents: &[Extent], asked: Asked, out: &mut [u8]) -> (Fixed, usize) {
+    encode(BASE_ALLOCATION_ID, extents.iter().map(|extent| (extent.len, flags(extent.kind))), asked, out)
+}
+
+/// What is dirty from `offset` on; everything where there is no such bitmap any more. See [`encode`].
+pub(crate) fn dirty(
+    id: u32,
+    bitmap: Option<&Bitmap>,
+    offset: u64,
+    asked: Asked,
+    out: &mut [u8],
+) -> (Fixed, usize) {
+    let Some(bitmap) = bitmap else { return encode(id, [(asked.len, DIRTY)], asked, out) };
+    let end = offset.saturating_add(asked.len);
+    let mut at = offset;
+    let mut next = bitmap.next_run(at..end);
+    let runs = std::iter::from_fn(|| {
+        if at >= end {
+            return None;
+        }
+        let (to, flags) = match &next {
+            Some(run) if run.start <= at => (run.end, DIRTY),
+            Some(run) => (run.start, 0),
+            None => (end, 0),
+        };
+        let len = to - at;
+        at = to;
+        if flags == DIRTY {
+            next = bitmap.next_run(at..end);
+        }
+        Some((len, flags))
+    });
+    encode(id, runs, asked, out)
+}
+
 /// Writes as many descriptors as `out` has room for, at least one; gives what stands before them, and their length.
 /// Neighbours of one kind become one, and nothing goes beyond the range.
-pub(crate) fn encode(extents: &[Extent], asked: Asked, out: &mut [u8]) -> (Fixed, usize) {
+fn encode(
+    id: u32,
+    extents: impl IntoIterator<Item = (u64, u32)>,
+    asked: Asked,
+    out: &mut [u8],
+) -> (Fixed, usize) {
     let size = if asked.wide { 16 } else { 8 };
     // A narrow descriptor cannot say more, nor can a narrow request ask for more.
     let most = if asked.wide { u64::MAX } else { u64::from(u32::MAX) };
@@ -60,15 +102,14 @@ pub(crate) fn encode(extents: &[Extent], asked: Asked, out: &mut [u8]) -> (Fixed
         count += 1;
         true
     };
-    for extent in extents {
-        let before = extent.len.min(skip);
+    for (len, flags) in extents {
+        let before = len.min(skip);
         skip -= before;
-        let len = (extent.len - before).min(left);
+        let len = (len - before).min(left);
         if len == 0 {
             continue;
         }
         left -= len;
-        let flags = flags(extent.kind);
         match &mut merged {
             Some((sum, kind)) if *kind == flags => *sum += len,
             Some(other) => {
@@ -83,7 +124,7 @@ pub(crate) fn encode(extents: &[Extent], asked: Asked, out: &mut [u8]) -> (Fixed
     // A disk that told nothing of the range has something there as far as anyone knows.
     write(merged.unwrap_or((asked.len.min(most), 0)));
     let mut fixed = Fixed { bytes: [0; 8], len: if asked.wide { 8 } else { 4 } };
-    fixed.bytes[..4].copy_from_slice(&BASE_ALLOCATION_ID.to_be_bytes());
+    fixed.bytes[..4].copy_from_slice(&id.to_be_bytes());
     fixed.bytes[4..].copy_from_slice(&count.to_be_bytes());
     (fixed, count as usize * size)
 }

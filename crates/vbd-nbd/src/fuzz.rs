@@ -5,6 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use vbd_core::bitmap::Bitmap;
+use vbd_core::track::{Named, Track};
 use vbd_core::{Capabilities, Extent, ExtentKind, Geometry, IoVec, Operation, Request, Result, Sink};
 
 use crate::command::{Terms, export_info};
@@ -12,7 +14,7 @@ use crate::memory::{Account, Pool, Total};
 use crate::negotiation::{Catalogue, Negotiation, Step, TlsMode};
 use crate::outbox::Outbox;
 use crate::protocol::Headers;
-use crate::transmission::{Transmission, Turn};
+use crate::transmission::{Dirty, Transmission, Turn};
 
 const GEOMETRY: Geometry = Geometry {
     size: 8 << 20,
@@ -36,6 +38,10 @@ impl Catalogue for Names {
 
     fn find(&self, name: &str) -> Option<(String, String)> {
         self.list().into_iter().find(|(known, _)| known == name || name.is_empty())
+    }
+
+    fn bitmaps(&self, name: &str) -> Vec<String> {
+        if name == "disk" { vec!["b".into(), "qemu:".into()] } else { Vec::new() }
     }
 
     fn is_stopping(&self) -> bool {
@@ -69,7 +75,9 @@ pub fn negotiation(data: &[u8]) {
             Step::Transmission => {
                 let agreed = negotiation.finish();
                 assert!(agreed.rest.len() <= rest.len());
-                assert!(!agreed.allocation || agreed.headers != Headers::Simple);
+                let contexts = agreed.allocation || !agreed.bitmaps.is_empty();
+                assert!(!contexts || agreed.headers != Headers::Simple);
+                assert!(agreed.bitmaps.len() <= 2);
                 return;
             }
             Step::Close | Step::Inspect(_) | Step::Open(_) => return,
@@ -116,16 +124,34 @@ fn answer(mut request: Request) {
     request.complete(Ok(()));
 }
 
+/// One with many runs, and one that is not there any more.
+fn bitmaps() -> Vec<Dirty> {
+    let track = Track::new(GEOMETRY.size);
+    let bitmap = Bitmap::new(GEOMETRY.size, 512).expect("a bitmap");
+    (0..bitmap.bits()).step_by(3).for_each(|bit| bitmap.mark(bit * 512, 512));
+    let bitmap = Arc::new(bitmap);
+    track.load(GEOMETRY.size, vec![Named { name: "b".into(), enabled: true, persistent: false, bitmap }]);
+    let dirty = |(id, name): (u32, &str)| Dirty { id, name: name.into(), track: track.clone() };
+    [(2, "b"), (3, "gone")].into_iter().map(dirty).collect()
+}
+
 /// What a client says after the handshake. The first byte chooses what was agreed on, the second how the rest is cut.
 pub fn commands(data: &[u8]) {
     let [agreed, cut, rest @ ..] = data else { return };
     let headers = [Headers::Simple, Headers::Structured, Headers::Extended][usize::from(*agreed) % 3];
     let read_only = agreed & 64 != 0;
     let allocation = headers != Headers::Simple && agreed & 128 == 0;
-    let terms = Terms { headers, allocation, ..Terms::new(&GEOMETRY, &CAPABILITIES, read_only) };
+    let bitmaps = if headers != Headers::Simple && agreed & 32 != 0 { bitmaps() } else { Vec::new() };
+    let terms = Terms {
+        headers,
+        allocation,
+        bitmaps: !bitmaps.is_empty(),
+        ..Terms::new(&GEOMETRY, &CAPABILITIES, read_only)
+    };
     let total = Total::new(4 << 20);
     let account = Account::new(Rc::new(Pool::default()), total.clone(), 2 << 20, Arc::default());
     let mut transmission = Transmission::new(terms, account);
+    transmission.bitmaps = bitmaps;
     let mut outbox = Outbox::default();
     let back = Rc::new(Back::default());
     let turn = Turn { sink: back.clone(), now: Instant::now() };

@@ -2,8 +2,9 @@
 //! where it needs one it says so ([`Step`]) and is given the answer.
 
 use crate::protocol::{
-    BASE_ALLOCATION, BASE_ALLOCATION_ID, FIXED_NEWSTYLE, Headers, MAGIC, MAX_PAYLOAD, MAX_STRING, NO_ZEROES,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, Reader, export_flag, info, option, reply,
+    BASE_ALLOCATION, BASE_ALLOCATION_ID, DIRTY_BITMAP, DIRTY_BITMAP_ID, FIXED_NEWSTYLE, Headers, MAGIC,
+    MAX_PAYLOAD, MAX_STRING, NO_ZEROES, OPTION_MAGIC, OPTION_REPLY_MAGIC, Reader, export_flag, info, option,
+    reply,
 };
 
 /// The longest data of an option that is looked at, in bytes; longer data is skipped and the option refused.
@@ -17,6 +18,10 @@ pub(crate) trait Catalogue {
     fn list(&self) -> Vec<(String, String)>;
     /// The proper name and the description of the export that a client means by `name`.
     fn find(&self, name: &str) -> Option<(String, String)>;
+    /// The names of its dirty bitmaps.
+    fn bitmaps(&self, _name: &str) -> Vec<String> {
+        Vec::new()
+    }
     /// Nobody new is let in any more.
     fn is_stopping(&self) -> bool;
 }
@@ -64,6 +69,8 @@ pub(crate) struct Agreed {
     pub(crate) headers: Headers,
     /// base:allocation was selected for this export.
     pub(crate) allocation: bool,
+    /// These dirty bitmaps were selected, in the order of their numbers.
+    pub(crate) bitmaps: Vec<String>,
     /// What the client has already sent of the transmission phase.
     pub(crate) rest: Vec<u8>,
 }
@@ -88,6 +95,14 @@ enum State {
     Ended,
 }
 
+/// Metadata contexts that a client has selected for an export.
+#[derive(Debug)]
+struct Selected {
+    export: String,
+    allocation: bool,
+    bitmaps: Vec<String>,
+}
+
 /// One client's handshake.
 #[derive(Debug)]
 pub(crate) struct Negotiation {
@@ -97,8 +112,7 @@ pub(crate) struct Negotiation {
     fixed: bool,
     no_zeroes: bool,
     headers: Headers,
-    /// The export that base:allocation was selected for.
-    context_of: Option<String>,
+    selected: Option<Selected>,
     input: Vec<u8>,
 }
 
@@ -115,7 +129,7 @@ impl Negotiation {
             fixed: false,
             no_zeroes: false,
             headers: Headers::default(),
-            context_of: None,
+            selected: None,
             input: Vec::new(),
         }
     }
@@ -177,15 +191,17 @@ impl Negotiation {
         if pending.option == option::INFO {
             return Step::Again;
         }
-        // Selected for another export, the context does not count.
-        self.context_of.take_if(|name| *name != pending.name);
+        // Selected for another export, contexts do not count.
+        self.selected.take_if(|selected| selected.export != pending.name);
         self.state = State::Ended;
         Step::Transmission
     }
 
     /// What was agreed on, after [`Step::Transmission`].
     pub(crate) fn finish(self) -> Agreed {
-        Agreed { headers: self.headers, allocation: self.context_of.is_some(), rest: self.input }
+        let (allocation, bitmaps) =
+            self.selected.map_or((false, Vec::new()), |selected| (selected.allocation, selected.bitmaps));
+        Agreed { headers: self.headers, allocation, bitmaps, rest: self.input }
     }
 
     fn close(&mut self) -> Step {
@@ -307,7 +323,7 @@ impl Negotiation {
             return self.close();
         }
         self.headers = Headers::default();
-        self.context_of = None;
+        self.selected = None;
         self.state = State::Securing;
         respond(out, option::STARTTLS, reply::ACK, &[]);
         Step::StartTls
@@ -336,21 +352,41 @@ impl Negotiation {
     fn contexts(&mut self, option: u32, data: &[u8], catalogue: &dyn Catalogue, out: &mut Vec<u8>) -> Step {
         let set = option == option::SET_META_CONTEXT;
         if set {
-            self.context_of = None;
+            self.selected = None;
         }
         if self.headers == Headers::Simple {
             return refuse(out, option, reply::ERR_INVALID, "structured replies come first");
         }
-        let Some((name, matches)) = parse_contexts(data, set) else {
+        let Some((name, queries)) = parse_contexts(data) else {
             return refuse(out, option, reply::ERR_INVALID, "the option is malformed");
         };
         let Some((name, _)) = catalogue.find(name) else {
             return refuse(out, option, reply::ERR_UNKNOWN, "there is no such export");
         };
-        if matches {
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            respond(out, option, reply::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
-            self.context_of = set.then_some(name).or(self.context_of.take());
+        // A list is of all that a prefix fits, or of all there are; selected is what is named.
+        let matches = |context: &str| {
+            let is_meant = |query: &&str| {
+                *query == context || (!set && query.ends_with(':') && context.starts_with(query))
+            };
+            queries.iter().any(is_meant) || (!set && queries.is_empty())
+        };
+        let mut tell = |id: u32, context: &str| {
+            let id = if set { id } else { 0 };
+            respond(out, option, reply::META_CONTEXT, &[&id.to_be_bytes(), context.as_bytes()]);
+        };
+        let allocation = matches(BASE_ALLOCATION);
+        if allocation {
+            tell(BASE_ALLOCATION_ID, BASE_ALLOCATION);
+        }
+        let bitmaps = catalogue.bitmaps(&name).into_iter().map(|bitmap| format!("{DIRTY_BITMAP}{bitmap}"));
+        let bitmaps: Vec<String> = bitmaps.filter(|context| matches(context)).collect();
+        for (id, context) in (DIRTY_BITMAP_ID..).zip(&bitmaps) {
+            tell(id, context);
+        }
+        if set {
+            let bitmaps = bitmaps.iter().filter_map(|context| context.strip_prefix(DIRTY_BITMAP));
+            let bitmaps = bitmaps.map(str::to_owned).collect();
+            self.selected = Some(Selected { export: name, allocation, bitmaps });
         }
         respond(out, option, reply::ACK, &[])
     }
@@ -365,17 +401,13 @@ fn parse_info(data: &[u8]) -> Option<(&str, Vec<u16>)> {
     reader.0.is_empty().then_some((name, wanted))
 }
 
-/// The export's name, and whether the queries ask for base:allocation.
-fn parse_contexts(data: &[u8], set: bool) -> Option<(&str, bool)> {
+/// The export's name, and the contexts asked for.
+fn parse_contexts(data: &[u8]) -> Option<(&str, Vec<&str>)> {
     let mut reader = Reader(data);
     let name = reader.string().filter(|name| name.len() <= MAX_STRING)?;
     let count = reader.u32().filter(|count| *count <= MAX_QUERIES)?;
-    let mut matches = !set && count == 0;
-    for _ in 0..count {
-        let query = reader.string()?;
-        matches |= query == BASE_ALLOCATION || (!set && query == "base:");
-    }
-    reader.0.is_empty().then_some((name, matches))
+    let queries = (0..count).map(|_| reader.string()).collect::<Option<_>>()?;
+    reader.0.is_empty().then_some((name, queries))
 }
 
 fn describe(out: &mut Vec<u8>, pending: &Pending, export: ExportInfo, flags: u16) {

@@ -112,13 +112,14 @@ impl Outbox {
         self.chunk(about, flags, chunk::OFFSET_DATA, &offset.to_be_bytes(), len, payload);
     }
 
-    /// What a range consists of, as descriptors that `payload` has.
-    pub(crate) fn status(&mut self, about: About, fixed: &[u8], len: usize, payload: Payload) {
+    /// What a range consists of in one of the contexts, as descriptors that `payload` has.
+    pub(crate) fn status(&mut self, about: About, last: bool, fixed: &[u8], len: usize, payload: Payload) {
         let kind = match about.headers {
             Headers::Extended => chunk::BLOCK_STATUS_EXT,
             _ => chunk::BLOCK_STATUS,
         };
-        self.chunk(about, chunk::DONE, kind, fixed, len, payload);
+        let flags = if last { chunk::DONE } else { 0 };
+        self.chunk(about, flags, kind, fixed, len, payload);
     }
 
     fn simple(&mut self, cookie: u64, error: u32, payload: Payload) {

@@ -111,9 +111,16 @@ pub(crate) mod chunk {
     pub(crate) const ERROR: u16 = (1 << 15) + 1;
 }
 
-/// The one metadata context there is, and the number by which clients know it.
+/// The metadata context that every export has, and the number by which clients know it.
 pub(crate) const BASE_ALLOCATION: &str = "base:allocation";
 pub(crate) const BASE_ALLOCATION_ID: u32 = 1;
+
+/// What the names of the contexts of dirty bitmaps begin with, as QEMU calls them.
+pub(crate) const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+/// The first of the numbers by which clients know those.
+pub(crate) const DIRTY_BITMAP_ID: u32 = 2;
+/// The state of a dirty block there.
+pub(crate) const DIRTY: u32 = 1 << 0;
 
 /// States of base:allocation.
 pub(crate) mod state {

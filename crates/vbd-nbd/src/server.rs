@@ -326,6 +326,12 @@ impl Catalogue for Shared {
         found.map(|(name, export)| (name.clone(), export.description.clone()))
     }
 
+    fn bitmaps(&self, name: &str) -> Vec<String> {
+        let track = self.exports().get(name).and_then(|export| export.disk.track());
+        let named = track.map(|track| track.named()).unwrap_or_default();
+        named.into_iter().map(|bitmap| bitmap.name).collect()
+    }
+
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }

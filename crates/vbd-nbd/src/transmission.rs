@@ -5,8 +5,10 @@
 //! storage and socket work at the same time and no client needs more memory than a piece to move on.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
+use vbd_core::track::Track;
 use vbd_core::{Flags, IoVec, Operation, Request, Result, SECTOR, Sink};
 
 use crate::command::{Command, Kind, Terms, Verdict};
@@ -48,6 +50,14 @@ enum Input {
     Ended,
 }
 
+/// A dirty bitmap that the client wants to know of.
+pub(crate) struct Dirty {
+    /// The number by which it knows it.
+    pub(crate) id: u32,
+    pub(crate) name: String,
+    pub(crate) track: Arc<Track>,
+}
+
 /// Who the requests of this turn come back to, and when it is.
 pub(crate) struct Turn {
     pub(crate) sink: Rc<dyn Sink>,
@@ -68,6 +78,8 @@ pub(crate) struct Transmission {
     long_payloads: bool,
     /// Requests for the disk.
     pub(crate) ready: Vec<Request>,
+    /// Bitmaps that belong to the answer to a block status.
+    pub(crate) bitmaps: Vec<Dirty>,
 }
 
 impl Transmission {
@@ -82,6 +94,7 @@ impl Transmission {
             vectors: Vec::new(),
             long_payloads: false,
             ready: Vec::new(),
+            bitmaps: Vec::new(),
         }
     }
 
@@ -234,7 +247,11 @@ impl Transmission {
             Kind::Read if command.whole => self.start_whole_read(index, turn),
             Kind::Read => self.start_read(index, turn),
             Kind::Write => return self.start_fill(index),
-            Kind::Status => self.start_status(index, turn),
+            Kind::Status if self.terms.allocation => self.start_status(index, turn),
+            Kind::Status => {
+                self.tell_bitmaps(index, out);
+                true
+            }
             Kind::Flush | Kind::Quiet => {
                 self.request(index, Operation::Flush, 0, 0, None, turn);
                 true
@@ -380,6 +397,34 @@ impl Transmission {
         true
     }
 
+    /// Tells what the bitmaps say; that ends the answer.
+    fn tell_bitmaps(&mut self, index: u32, out: &mut Outbox) {
+        let command = self.commands.get(index);
+        (command.taken, command.answered) = (command.len, true);
+        let wide = command.headers == Headers::Extended;
+        let asked = extents::Asked { start: 0, len: command.len, one: command.one_extent, wide };
+        let (about, offset) = (command.about(), command.offset);
+        for (left, dirty) in (0..self.bitmaps.len()).rev().zip(&self.bitmaps) {
+            let bitmap = dirty.track.bitmap(&dirty.name).ok();
+            let bitmap = bitmap.as_deref();
+            // Where there is no memory for more, one descriptor will do.
+            let (fixed, len, payload) = match self.account.buffer(STATUS) {
+                Some(mut buffer) => {
+                    let (fixed, len) = extents::dirty(dirty.id, bitmap, offset, asked, buffer.bytes_mut());
+                    (fixed, len, Payload::Data(buffer, len))
+                }
+                None => {
+                    let mut bytes = vec![0; 16];
+                    let one = extents::Asked { one: true, ..asked };
+                    let (fixed, len) = extents::dirty(dirty.id, bitmap, offset, one, &mut bytes);
+                    bytes.truncate(len);
+                    (fixed, len, Payload::Bytes(bytes))
+                }
+            };
+            out.status(about, left == 0, fixed.bytes(), len, payload);
+        }
+    }
+
     /// The next step of a trim or of zeroes: one request at a time, none longer than the disk takes.
     fn start_space(&mut self, index: u32, turn: &Turn) {
         let most = self.terms.most_space(self.commands.get(index).kind);
@@ -472,9 +517,14 @@ impl Transmission {
             one: command.one_extent,
             wide: command.headers == Headers::Extended,
         };
-        let (fixed, len) = extents::encode(&request.extents, asked, buffer.bytes_mut());
+        let (fixed, len) = extents::allocation(&request.extents, asked, buffer.bytes_mut());
         command.answered = true;
-        out.status(command.about(), fixed.bytes(), len, Payload::Data(buffer, len));
+        let last = self.bitmaps.is_empty();
+        out.status(command.about(), last, fixed.bytes(), len, Payload::Data(buffer, len));
+        if !last {
+            let command = piece.command;
+            self.tell_bitmaps(command, out);
+        }
     }
 
     fn piece_done(&mut self, index: u32, result: Result<(), NbdError>, turn: &Turn, out: &mut Outbox) {

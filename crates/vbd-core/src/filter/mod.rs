@@ -54,6 +54,10 @@ impl<F: Filter> Disk for Filtered<F> {
         self.disk.statistics()
     }
 
+    fn track(&self) -> Option<Arc<Track>> {
+        self.disk.track()
+    }
+
     fn watch(&self, watcher: Box<dyn Fn(Event) + Send + Sync>) -> Arc<dyn Send + Sync> {
         self.disk.watch(watcher)
     }

@@ -48,6 +48,8 @@ struct Inside {
     keeper: Option<Box<dyn Keeper>>,
     state: Mutex<State>,
     closed: Condvar,
+    /// Of the session there is: apart from the state, which whoever opens the disk holds for as long as that takes.
+    track: Mutex<Weak<Track>>,
 }
 
 #[derive(Default)]
@@ -84,7 +86,8 @@ impl Inside {
 impl Tracked {
     /// Puts bitmaps in front of `disk`; `keeper` keeps them between sessions.
     pub fn new(disk: Arc<dyn Disk>, keeper: Option<Box<dyn Keeper>>) -> Arc<Self> {
-        let inside = Inside { keeper, state: Mutex::default(), closed: Condvar::new() };
+        let inside =
+            Inside { keeper, state: Mutex::default(), closed: Condvar::new(), track: Mutex::default() };
         Arc::new(Tracked { disk, inside: Arc::new(inside) })
     }
 }
@@ -117,6 +120,7 @@ impl Disk for Tracked {
         if let Some(keeper) = self.inside.keeper.as_ref().filter(|_| writable) {
             keeper.opened(&*inner, &track)?;
         }
+        *self.inside.track.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&track);
         let session =
             Arc::new(TrackedSession { session: Some(inner), track, inside: self.inside.clone(), writable });
         state.session = Arc::downgrade(&session);
@@ -130,6 +134,10 @@ impl Disk for Tracked {
 
     fn statistics(&self) -> &Statistics {
         self.disk.statistics()
+    }
+
+    fn track(&self) -> Option<Arc<Track>> {
+        self.inside.track.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 
     fn watch(&self, watcher: Box<dyn Fn(Event) + Send + Sync>) -> Arc<dyn Send + Sync> {
