@@ -3,7 +3,7 @@
 
 use std::time::SystemTime;
 
-use crate::Result;
+use crate::{Error, ErrorKind, Result};
 
 /// A snapshot that is kept inside an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,4 +71,20 @@ pub trait Live: Send + Sync {
     /// # Errors
     /// The range is not inside the disk, or what reading the tables meets.
     fn layer(&self, offset: u64, len: u64) -> Result<Vec<LayerExtent>>;
+
+    /// The size in bytes of the units that can be written compressed; none where the format has no compression.
+    fn compressed_unit(&self) -> Option<u64> {
+        None
+    }
+
+    /// Writes a whole unit compressed; the last one of a disk may be shorter. Compression is done on the calling thread:
+    /// several threads may call at once. False where the data does not become shorter, and nothing was written: it is to
+    /// be written as usual.
+    ///
+    /// # Errors
+    /// The range is no unit, or what writing meets.
+    fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<bool> {
+        let _ = (offset, data);
+        Err(Error::new(ErrorKind::Unsupported, "this format has no compression"))
+    }
 }

@@ -228,3 +228,57 @@ fn random_requests_by_several_queues() {
         }
     }
 }
+
+#[test]
+fn clusters_written_compressed_by_several_threads() {
+    for (seed, cluster_bits) in [(1, 16), (2, 12), (3, 9), (4, 21), (5, 16)] {
+        let mut random = Random::new(seed);
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        let path = dir.path().join("image.qcow2");
+        let size = (40 << cluster_bits) - 512;
+        let zstd = seed % 2 == 0;
+        let shape = Shape { cluster_bits, zstd, extended_l2: seed == 5, ..Shape::plain(size) };
+        shape.create(&path, None);
+        let mut model: Vec<u8> = (0..size).map(|at| ((at / 11 % 13) ^ (at >> cluster_bits)) as u8).collect();
+        let session = Qcow2::new(Qcow2Options::new(&path)).open().expect("an image");
+        let unit = session.live().expect("it has").compressed_unit().expect("it compresses");
+        assert_eq!(unit, 1 << cluster_bits);
+        let client = Client::on_disk(EngineKind::Auto, &session);
+        // Some are there already, and are written anew.
+        client.write(0, vec![7; unit as usize * 3]);
+        let next = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    loop {
+                        let start = next.fetch_add(1, std::sync::atomic::Ordering::SeqCst) * unit;
+                        if start >= size {
+                            break;
+                        }
+                        let part = &model[start as usize..size.min(start + unit) as usize];
+                        if !session.live().expect("it has").write_compressed(start, part).expect("written") {
+                            client.write(start, part.to_vec());
+                        }
+                    }
+                });
+            }
+        });
+        assert!(client.read(0, size) == model, "cluster bits {cluster_bits}");
+        for _ in 0..20 {
+            let start = random.below(size / 512) * 512;
+            let len = (1 + random.below(8)).min((size - start) / 512) * 512;
+            client.write(start, vec![start as u8; len as usize]);
+            model[start as usize..(start + len) as usize].fill(start as u8);
+        }
+        assert!(client.read(0, size) == model, "cluster bits {cluster_bits}, rewritten");
+        drop((client, session));
+        let found = qemu::check(&path);
+        assert!(found.errors == 0 && found.leaks == 0, "cluster bits {cluster_bits}: {found:?}");
+        let out = path.with_extension("out");
+        qemu::img(&["convert", "-f", "qcow2", "-O", "raw", qemu::text(&path), qemu::text(&out)]);
+        assert!(
+            std::fs::read(&out).expect("converted") == model,
+            "cluster bits {cluster_bits}: QEMU reads something else"
+        );
+    }
+}

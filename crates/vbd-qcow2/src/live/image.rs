@@ -10,6 +10,7 @@ use vbd_core::memory::Buffer;
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Flags, Operation, Result, Session};
 
+use super::compress::Rest;
 use super::counts::{Counts, Run};
 use super::grace::Members;
 use super::io::{Io, bytes, corrupt};
@@ -40,6 +41,9 @@ pub(super) struct Image {
     pub(super) members: Arc<Members>,
     pub(super) pending: Mutex<Pending>,
     pub(super) progress: super::commit::Progress,
+    /// Held by whoever looks for room for compressed data.
+    pub(super) packing: Arc<RangeLocks>,
+    pub(super) rest: Mutex<Rest>,
     corrupt: AtomicBool,
 }
 
@@ -102,6 +106,8 @@ impl Image {
             members: Arc::default(),
             pending: Mutex::default(),
             progress: super::commit::Progress::default(),
+            packing: Arc::default(),
+            rest: Mutex::default(),
         }
     }
 

@@ -7,6 +7,7 @@
 
 mod channel;
 mod commit;
+mod compress;
 mod compressed;
 mod counts;
 mod disk;

@@ -39,6 +39,15 @@ impl Live for Qcow2Session {
     fn layer(&self, offset: u64, len: u64) -> Result<Vec<LayerExtent>> {
         self.named(move |image, io| async move { layer(&image, &io, offset, len).await })
     }
+
+    fn compressed_unit(&self) -> Option<u64> {
+        let image = self.image();
+        (!image.read_only && image.data_file.is_none()).then(|| image.layout.cluster_size())
+    }
+
+    fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<bool> {
+        self.compressor.write(self.image(), offset, data).map_err(|error| error.of(self.label()))
+    }
 }
 
 impl Qcow2Session {

@@ -12,6 +12,7 @@ use vbd_ring::Local;
 
 use super::channel::Qcow2Channel;
 use super::commit::Quiet;
+use super::compress::Compressor;
 use super::counts::Freed;
 use super::image::Image;
 use super::io::Io;
@@ -31,12 +32,17 @@ pub(super) struct Shared {
 pub(super) struct Qcow2Session {
     image: Arc<Image>,
     shared: Arc<Shared>,
+    pub(super) compressor: Compressor,
     _lease: Lease,
 }
 
 impl Qcow2Session {
     pub(super) fn new(image: Arc<Image>, shared: Arc<Shared>, lease: Lease) -> Arc<Self> {
-        Arc::new(Qcow2Session { image, shared, _lease: lease })
+        Arc::new(Qcow2Session { image, shared, compressor: Compressor::default(), _lease: lease })
+    }
+
+    pub(super) fn image(&self) -> &Arc<Image> {
+        &self.image
     }
 
     pub(super) fn label(&self) -> &str {
@@ -129,6 +135,7 @@ impl Session for Qcow2Session {
 impl Drop for Qcow2Session {
     /// Brings to the disk what is in memory. Nobody uses the image any more.
     fn drop(&mut self) {
+        self.compressor.end();
         let image = &self.image;
         if image.read_only || image.progress.check().is_err() || image.progress.is_untouched() {
             return;
@@ -145,6 +152,7 @@ impl Drop for Qcow2Session {
 impl Image {
     /// Brings everything to the disk and gives back what is not needed.
     async fn close(self: &Arc<Self>, io: &Io) -> Result<()> {
+        self.end_packing();
         loop {
             self.commit_now(io, Quiet::new(self).await.guard()).await?;
             let clusters = {
