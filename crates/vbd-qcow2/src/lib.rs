@@ -4,9 +4,11 @@
 //! - [`storage`]: the file that an image is in, for all that happens while nobody is served from it.
 //! - [`create()`]: new images, and how large one becomes ([`Measure`]).
 //! - [`check`]: whether everything in an image fits together, and its repair.
+//! - [`bitmaps`]: which blocks were written to, kept in the image.
 //! - [`info`]: what an image says of itself.
 //! - [`Qcow2`]: an image as a disk that is served.
 
+pub mod bitmaps;
 pub mod check;
 mod create;
 pub mod format;

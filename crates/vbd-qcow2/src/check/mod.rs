@@ -27,7 +27,7 @@ pub use report::{Class, Finding, Report};
 use std::collections::BTreeSet;
 
 use crate::format;
-use crate::storage::Source;
+use crate::storage::{Source, Storage};
 use compare::Differences;
 use counts::Counts;
 use image::Image;
@@ -81,6 +81,18 @@ pub fn check<S: Source + ?Sized>(source: &S, options: &Options) -> Result<Report
     let image = Image::open(source, &mut report)?;
     look(&image, options, &mut report)?;
     Ok(report)
+}
+
+/// Makes a new refcount structure with room for more, for an image that nothing is wrong with.
+pub(crate) fn rebuild_with_room<S: Storage + ?Sized>(storage: &S, options: &Options) -> Result<()> {
+    let mut report = Report::new(1);
+    let image = Image::open(storage, &mut report)?;
+    look(&image, options, &mut report)?;
+    if let Some(finding) = report.findings.first().filter(|_| !report.is_clean() || report.incomplete) {
+        return Err(Error::Impossible(format!("the image has to be repaired first: {finding}")));
+    }
+    let room = image.refcount_table.len() as u64 + image.layout.cluster_size() / 8;
+    rebuild::rebuild(&image, false, room, options, &mut Vec::new())
 }
 
 /// What a look at an image found beside its report.

@@ -25,15 +25,16 @@ struct Place {
 }
 
 /// Makes a new refcount structure with the counts that are true. With `keep`, no count is lower than it was, for something
-/// may be in use that nothing was found to use.
+/// may be in use that nothing was found to use. The table has `room` entries at least.
 pub(super) fn rebuild<S: Storage + ?Sized>(
     image: &Image<'_, S>,
     keep: bool,
+    room: u64,
     options: &Options,
     actions: &mut Vec<String>,
 ) -> Result<()> {
     let mut stored = Stored::new(image);
-    let place = find_place(image, &mut stored, keep, options)?;
+    let place = find_place(image, &mut stored, keep, room, options)?;
     let layout = image.layout;
     let offset = |cluster: u64| cluster << layout.cluster_bits;
     let first_block = place.start + place.table_clusters;
@@ -99,6 +100,7 @@ fn find_place<S: Storage + ?Sized>(
     image: &Image<'_, S>,
     stored: &mut Stored<'_, '_, S>,
     keep: bool,
+    room: u64,
     options: &Options,
 ) -> Result<Place> {
     let layout = image.layout;
@@ -152,7 +154,7 @@ fn find_place<S: Storage + ?Sized>(
         }
         let before = blocks.len();
         blocks.extend(start >> bits..=(end - 1) >> bits);
-        let entries = blocks.last().map_or(0, |last| last + 1);
+        let entries = blocks.last().map_or(0, |last| last + 1).max(room);
         let needed = layout.clusters(entries.saturating_mul(8));
         if needed > most {
             return Err(Error::Impossible(format!(

@@ -104,7 +104,7 @@ fn all<S: Storage + ?Sized>(
     let now = look(&image, options, &mut Report::new(0))?;
     let keep = before.incomplete;
     if now.refcounts_damaged {
-        rebuild(&image, keep, options, actions)?;
+        rebuild(&image, keep, 0, options, actions)?;
     } else {
         recount(&image, Direction { raise: true, lower: !keep }, options, actions)?;
     }

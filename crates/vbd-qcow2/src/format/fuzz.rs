@@ -42,5 +42,9 @@ pub fn structures(bytes: &[u8]) {
             assert_eq!(bitmap.flags, BitmapFlags { reserved: 0, ..bitmap.flags });
             let _ = read_bitmap_table(&header.layout(), bitmap, bytes);
         }
+        // Larger ones only take longer.
+        if bitmaps.iter().all(|bitmap| bitmap.bits(header.size) < 1 << 20) {
+            let _ = crate::bitmaps::list(bytes);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The disk: an image by name, and how it is opened.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use super::service::{self, Place};
 use super::session::{Qcow2Session, Shared, geometry};
 use super::set::ClusterSet;
 use super::snapshot::read_table;
+use crate::bitmaps::Kept;
 use crate::check::{self, Repair, repair};
 use crate::format::{Encryption, Header, L1Entry, RefcountTableEntry, at, autoclear, incompatible};
 
@@ -45,6 +46,9 @@ pub struct Qcow2Options {
     pub data_file: Option<Arc<dyn Disk>>,
     /// Bytes that L2 tables in memory may take; none for as many as the image has.
     pub cache_bytes: Option<u64>,
+    /// The bitmaps of the image, for those who keep them while it is written to: also the keeper of a
+    /// [`vbd_core::track::Tracked`] in front. Without it they become void when the image is opened for writing.
+    pub bitmaps: Option<Kept>,
 }
 
 impl Qcow2Options {
@@ -64,6 +68,7 @@ impl Qcow2Options {
             backing: None,
             data_file: None,
             cache_bytes: None,
+            bitmaps: None,
         }
     }
 
@@ -111,7 +116,7 @@ impl Qcow2 {
         let opening = Opening { options: options.clone(), backend, data_file, backing };
         let image = service::run(place, move |io| async move { opening.open(&io).await });
         let image = image.map_err(|error| error.of(options.label()))?;
-        Ok(Qcow2Session::new(Arc::new(image), self.shared.clone(), lease))
+        Ok(Qcow2Session::new(Arc::new(image), self.shared.clone(), options.bitmaps.clone(), lease))
     }
 }
 
@@ -319,7 +324,13 @@ impl Opening {
             data.grow(header.size.next_multiple_of(512))?;
         }
         // What is not known here, or not kept, is not true any more once the image is written to.
-        let kept = header.autoclear & autoclear::RAW_DATA;
+        let mut kept = header.autoclear & autoclear::RAW_DATA;
+        if let Some(bitmaps) = &self.options.bitmaps {
+            let file = beside(&self.backend).map_err(|error| Error::io("cannot be opened again", error))?;
+            if bitmaps.begin(&file, header) {
+                kept |= header.autoclear & autoclear::BITMAPS;
+            }
+        }
         if header.version >= 3 && header.autoclear != kept {
             let mut buffer = vbd_core::memory::Buffer::new(8);
             buffer.bytes_mut().copy_from_slice(&kept.to_be_bytes());
@@ -345,6 +356,12 @@ impl Opening {
         let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
         Ok(read.chunks_exact(8).map(entry).collect())
     }
+}
+
+/// The file of a backend through the page cache, for what blocks and is done while nobody reads or writes.
+pub(super) fn beside(backend: &Backend) -> std::io::Result<std::fs::File> {
+    let own = format!("/proc/self/fd/{}", backend.descriptor().as_raw_fd());
+    std::fs::File::options().read(true).write(true).open(own)
 }
 
 fn lease_error(error: LeaseError) -> Error {

@@ -14,9 +14,11 @@ use super::channel::Qcow2Channel;
 use super::commit::Quiet;
 use super::compress::Compressor;
 use super::counts::Freed;
+use super::disk::beside;
 use super::image::Image;
 use super::io::Io;
 use super::service::{self, Place};
+use crate::bitmaps::Kept;
 
 /// The longest discard or write-zeroes that guests are told to ask for, in bytes.
 const MOST: u64 = 2 << 30;
@@ -33,12 +35,18 @@ pub(super) struct Qcow2Session {
     image: Arc<Image>,
     shared: Arc<Shared>,
     pub(super) compressor: Compressor,
+    bitmaps: Option<Kept>,
     _lease: Lease,
 }
 
 impl Qcow2Session {
-    pub(super) fn new(image: Arc<Image>, shared: Arc<Shared>, lease: Lease) -> Arc<Self> {
-        Arc::new(Qcow2Session { image, shared, compressor: Compressor::default(), _lease: lease })
+    pub(super) fn new(
+        image: Arc<Image>,
+        shared: Arc<Shared>,
+        bitmaps: Option<Kept>,
+        lease: Lease,
+    ) -> Arc<Self> {
+        Arc::new(Qcow2Session { image, shared, compressor: Compressor::default(), bitmaps, _lease: lease })
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {
@@ -137,14 +145,23 @@ impl Drop for Qcow2Session {
     fn drop(&mut self) {
         self.compressor.end();
         let image = &self.image;
-        if image.read_only || image.progress.check().is_err() || image.progress.is_untouched() {
+        if image.read_only || image.progress.check().is_err() {
             return;
         }
-        if let Err(error) = self.run(|image, io| async move { image.close(&io).await }) {
+        if !image.progress.is_untouched()
+            && let Err(error) = self.run(|image, io| async move { image.close(&io).await })
+        {
             tracing::error!(
                 "{}: cannot be closed cleanly: {error}; check it before it is used again",
                 image.label
             );
+            return;
+        }
+        if let Some(bitmaps) = &self.bitmaps {
+            let file = beside(&image.backend).map_err(|error| Error::io("cannot be opened again", error));
+            if let Err(error) = file.and_then(|file| bitmaps.end(&file)) {
+                tracing::error!("{}: {error}; its bitmaps say nothing from now on", image.label);
+            }
         }
     }
 }

@@ -1,10 +1,13 @@
 //! QEMU's tools, and a directory that goes away.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use std::io;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use vbd_qcow2::format::{Header, L1Entry, L2Entry};
+use vbd_qcow2::storage::{Source, Storage};
+use vbd_testing::power::{MemFile, Recording};
 use vbd_testing::{Random, qemu};
 
 /// A directory for a test.
@@ -203,4 +206,47 @@ pub(crate) fn damage(random: &mut Random, bytes: &mut Vec<u8>) -> String {
         place.copy_from_slice(&value.to_be_bytes());
     }
     format!("{name} at {at:#x}: {before:#x} became {value:#x}")
+}
+
+/// A file in memory whose changes are recorded.
+pub(crate) struct Recorded(MemFile);
+
+impl Recorded {
+    pub(crate) fn new(recording: &std::sync::Arc<Recording>, bytes: Vec<u8>) -> Self {
+        Recorded(MemFile::new(recording, bytes))
+    }
+
+    pub(crate) fn content(&self) -> Vec<u8> {
+        self.0.content()
+    }
+}
+
+impl vbd_image::ReadAt for Recorded {
+    fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(self.0.read_at(offset, buffer))
+    }
+}
+
+impl Source for Recorded {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.0.len())
+    }
+}
+
+impl Storage for Recorded {
+    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_at(offset, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.0.set_len(length)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.0.punch(offset, length)
+    }
 }
