@@ -38,6 +38,8 @@ pub struct ImageSpec {
     pub gate: Gate,
     /// Errors to inject below the channels, for tests.
     pub faults: Option<Arc<dyn Faults>>,
+    /// Who keeps the bitmaps of a qcow2 image that is written to: without it they become void.
+    pub bitmaps: Option<vbd_qcow2::bitmaps::Kept>,
 }
 
 impl ImageSpec {
@@ -46,7 +48,19 @@ impl ImageSpec {
         let RawOptions { path, name, read_only, share, cache, keep_space, lease_wait, faults } =
             RawOptions::new(path);
         let gate = Gate::default();
-        ImageSpec { path, format, name, read_only, share, cache, keep_space, lease_wait, gate, faults }
+        ImageSpec {
+            path,
+            format,
+            name,
+            read_only,
+            share,
+            cache,
+            keep_space,
+            lease_wait,
+            gate,
+            faults,
+            bitmaps: None,
+        }
     }
 
     /// The same, to be read only.
@@ -135,6 +149,7 @@ fn one(
                 faults: spec.faults.clone(),
                 backing,
                 data_file,
+                bitmaps: spec.bitmaps.clone(),
                 ..Qcow2Options::new(&spec.path)
             }))
         }

@@ -8,7 +8,7 @@
 //! times, a window of the file each time. Beside that a refcount table (8 MiB at most), an L1 table's entries, and
 //! 64 MiB of refcount blocks.
 //!
-//! [`repair`] says how what was found is mended.
+//! [`mod@repair`] says how what was found is mended.
 
 mod compare;
 mod counts;

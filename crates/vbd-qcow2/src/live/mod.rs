@@ -2,7 +2,7 @@
 //!
 //! [`Qcow2`] is the disk. What its channels share is an [`image::Image`]: the mapping in memory ([`map`]), reference
 //! counts and free clusters ([`counts`]), and how both reach the disk ([`commit`]). A channel passes a request that maps
-//! to one run of the file on as it is; the others become tasks ([`read`], [`write`], [`space`]). [`grace`] says when
+//! to one run of the file on as it is; the others become tasks ([`read`], [`mod@write`], [`space`]). [`grace`] says when
 //! nobody uses a cluster any more, and when nobody does anything. `docs/qcow2.md` tells the whole story.
 
 mod channel;
