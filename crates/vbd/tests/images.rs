@@ -90,7 +90,7 @@ fn every_option_of_a_new_image_is_qemus() {
         assert_eq!(info["qcow2"]["extended_l2"], *data.get("extended-l2").unwrap_or(&Value::Bool(false)));
         assert_eq!(info["qcow2"]["cluster_size"], seen["cluster-size"]);
     }
-    refused(&here.vbd(&["create", "x", "--size", "1M", "--backing", "y"]), 1, &["y", "no such file"]);
+    refused(&here.vbd(&["create", "x", "--format", "qcow2", "--backing", "y"]), 1, &["y", "no such file"]);
     here.disk("y");
     refused(&here.vbd(&["create", "x", "--size", "1M", "--backing", "y"]), 2, &["--backing is for"]);
     let both = ["create", "x", "--format", "qcow2", "--size", "1M", "--compat", "2", "--extended-l2"];
@@ -191,8 +191,14 @@ fn sizes_are_measured_and_changed() {
         }
         ask.push("disk");
         let expected: Value = serde_json::from_str(&here.qemu("qemu-img", &ask)).unwrap();
-        assert_eq!(measured["required"], expected["required"], "{more:?}");
         assert_eq!(measured["full"], expected["fully-allocated"], "{more:?}");
+        // QEMU counts tables that lead to nothing, too.
+        let number = |value: &Value| value.as_u64().unwrap();
+        let (required, qemus) = (number(&measured["required"]), number(&expected["required"]));
+        assert!(required <= qemus, "{more:?}: {required} {qemus}");
+        here.ok(&[&["convert", "disk", "sized", "--to", "qcow2", "--force"], more].concat());
+        let length = fs::metadata(here.path("sized")).unwrap().len();
+        assert!(length <= qemus && length + 65_536 >= required, "{more:?}: {length} {required}");
     }
     here.ok(&["convert", "disk", "one", "--to", "qcow2"]);
     here.ok(&["resize", "one", "+8M", "--format", "qcow2"]);
@@ -200,6 +206,9 @@ fn sizes_are_measured_and_changed() {
     here.equal("disk", "one");
     refused(&here.vbd(&["resize", "disk", "8M"]), 1, &["--shrink"]);
     refused(&here.vbd(&["resize", "one", "8M", "--format", "qcow2", "--shrink"]), 1, &["convert"]);
+    here.ok(&["create", "two", "--format", "vhd", "--size", "8M"]);
+    here.ok(&["resize", "two", "+8M", "--format", "vhd"]);
+    assert_eq!(here.json(&["info", "--json", "two"])["virtual_size"], 16 << 20);
     here.ok(&["resize", "disk", "8M", "--shrink"]);
     assert_eq!(fs::metadata(here.path("disk")).unwrap().len(), 8 << 20);
 }

@@ -85,3 +85,40 @@ fn a_configuration_names_formats_and_directories() {
     server.stop().ok();
     qemu_img(&scratch, &["check", "-q", "-f", "qcow2", "vm/disk"]);
 }
+
+/// Without errors for QEMU; a leak (exit code 3) loses room, and nothing else.
+fn sound(scratch: &Scratch) {
+    let check = ["check", "-f", "qcow2", "disk"];
+    let status =
+        Command::new("qemu-img").args(check).current_dir(scratch.path("")).status().expect("qemu-img");
+    assert!(matches!(status.code(), Some(0 | 3)), "{status}");
+}
+
+#[test]
+fn snapshots_are_kept_while_a_disk_is_served_and_when_it_is_not() {
+    let scratch = Scratch::new();
+    scratch.vbd(["create", "disk", "--format", "qcow2", "--size", "16M"]).ok();
+    let server = scratch.serve(["attach", "disk", "--format", "qcow2", "--nbd", "unix:disk.sock"], 1);
+    scratch.qemu_io("disk", &["write -P 1 0 1M"]).ok();
+    let made = scratch.vbd(["snapshot", "create", "disk", "before"]).ok();
+    assert!(made.contains("\"before\""), "{made}");
+    scratch.qemu_io("disk", &["write -P 2 0 1M", "read -P 2 0 1M"]).ok();
+    scratch.vbd(["snapshot", "create", "disk", "before"]).refused(1, &["before"]);
+    let list = scratch.vbd(["snapshot", "list", "disk", "--json"]).json();
+    assert_eq!((&list[0]["name"], &list[0]["size"]), (&"before".into(), &(16 * MIB).into()));
+    scratch.vbd(["snapshot", "apply", "disk", "after"]).refused(1, &["after"]);
+    scratch.vbd(["snapshot", "apply", "disk", "before"]).ok();
+    scratch.qemu_io("disk", &["read -P 1 0 1M"]).ok();
+    server.stop().ok();
+    sound(&scratch);
+    assert!(qemu_img(&scratch, &["snapshot", "-l", "disk"]).contains("before"));
+
+    let offline = |more: &[&str]| scratch.vbd(["snapshot"].iter().chain(more).chain(&["--format", "qcow2"]));
+    offline(&["create", "disk", "second"]).ok();
+    offline(&["delete", "disk", "before"]).ok();
+    let list = offline(&["list", "disk"]).ok();
+    assert!(list.contains("second") && !list.contains("before"), "{list}");
+    sound(&scratch);
+    scratch.sparse("raw", MIB);
+    scratch.vbd(["snapshot", "create", "raw", "one"]).refused(1, &["no snapshots", "qcow2"]);
+}
