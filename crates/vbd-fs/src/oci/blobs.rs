@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 #[cfg(feature = "registry")]
@@ -33,7 +33,6 @@ pub(super) struct Blob {
 pub(super) enum Blobs {
     Directory(PathBuf),
     Archive {
-        path: PathBuf,
         file: File,
         members: HashMap<String, Blob>,
     },
@@ -111,7 +110,7 @@ impl Blobs {
                 members.insert(name, found);
             }
         }
-        Ok(Blobs::Archive { path: path.to_owned(), file, members })
+        Ok(Blobs::Archive { file, members })
     }
 
     /// Where manifests are, other than the rest.
@@ -167,11 +166,7 @@ impl Blobs {
                 let file = File::open(&path).at("open", &path)?;
                 Ok(Box::new(file.take(blob.size)))
             }
-            Blobs::Archive { path, file, .. } => {
-                let mut file = file.try_clone().at("open", path)?;
-                file.seek(SeekFrom::Start(blob.offset)).at("read", path)?;
-                Ok(Box::new(file.take(blob.size)))
-            }
+            Blobs::Archive { file, .. } => Ok(Box::new(Part { file, at: blob.offset }.take(blob.size))),
             #[cfg(feature = "registry")]
             Blobs::Registry { manifest: (path, bytes), .. } if *path == blob.path => {
                 Ok(Box::new(bytes.as_slice()))
@@ -183,6 +178,20 @@ impl Blobs {
                 Ok(Box::new(registry::Incoming::new(Arc::clone(client), path, blob.size, cancel.clone())))
             }
         }
+    }
+}
+
+/// A part of an archive, read by itself: several are read at a time.
+struct Part<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Part<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.at)?;
+        self.at += read as u64;
+        Ok(read)
     }
 }
 
