@@ -100,6 +100,12 @@ pub trait Session: Send + Sync {
     /// `size` is smaller than now or no multiple of 512, the disk cannot grow, or there is no room.
     fn grow(&self, size: u64) -> Result<()>;
 
+    /// Whether writes that have completed outlive this process without a flush: they are in the kernel then. Where they
+    /// are not, a guest must not go on after this process was killed, as if nothing had been lost.
+    fn keeps_unflushed(&self) -> bool {
+        true
+    }
+
     /// What can be done with the disk beyond reading and writing it, where its format has it.
     fn live(&self) -> Option<&dyn Live> {
         None

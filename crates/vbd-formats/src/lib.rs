@@ -6,7 +6,6 @@
 
 mod backing;
 mod chain;
-mod check;
 mod create;
 mod format;
 mod gate;
@@ -16,7 +15,6 @@ mod tracked;
 
 pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
-pub use check::{Checked, Repair, check};
 pub use create::{Kind, NewImage, VhdKind, backing_size, create};
 pub use format::{Format, FormatError};
 pub use gate::Gate;

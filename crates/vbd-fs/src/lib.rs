@@ -39,7 +39,6 @@ pub mod upkeep;
 mod vfat;
 mod walk;
 mod watched;
-mod zeros;
 
 pub use build::{Report, build};
 pub use disk::{Architecture, Boot, DiskSpec, Holds, PartitionReport, PartitionSpec, TableKind};

@@ -193,6 +193,10 @@ impl Session for LuksSession {
         Ok(LuksChannel::new(self, inner, local))
     }
 
+    fn keeps_unflushed(&self) -> bool {
+        self.inner.keeps_unflushed()
+    }
+
     fn grow(&self, size: u64) -> Result<()> {
         if self.shared.len.is_some() || !size.is_multiple_of(self.shared.cipher.sector_size()) {
             let message = "its data has a fixed length, or the size is no multiple of its sectors";

@@ -195,6 +195,9 @@ impl Device {
             }
             Found::Recover(info) => {
                 fits(&control, &info, session.as_ref())?;
+                if !session.keeps_unflushed() {
+                    return Err(Error::Lost { id: info.id });
+                }
                 let target = Target::of(&info);
                 start_recovery(&control, &target)?;
                 (info, open_node(&target.node(), within)?, true)

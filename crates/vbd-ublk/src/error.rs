@@ -34,6 +34,15 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The server before was killed, and the disk does not keep what it had not flushed.
+    #[error(
+        "ublk{id}: the server before this one was killed, and writes that it had not flushed to this image are lost: delete the \
+         device (`vbd detach`), and start anew what used it"
+    )]
+    Lost {
+        /// The device's number.
+        id: u32,
+    },
     /// The driver does not answer.
     #[error(
         "{}: the driver has not answered {command} within {} s: `dmesg` may tell why; another device whose end hangs \

@@ -19,6 +19,7 @@ use crate::backchannel::Backchannel;
 use crate::config::{self, Space, feature};
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, Inflight, Tracker};
+use crate::lost::Lost;
 use crate::memory::{MOST_REGIONS, Mapping, Memory, Region};
 use crate::notify;
 use crate::queue::{Logging, Queue, Remote, Setup, TrackerSetup};
@@ -222,7 +223,7 @@ impl Device {
         match self.shared.open() {
             Ok(session) => {
                 self.opening = None;
-                self.shared.set_error(None);
+                let session = self.going_on(session);
                 self.session = Some(session.clone());
                 Some(session)
             }
@@ -239,6 +240,26 @@ impl Device {
                 None
             }
         }
+    }
+
+    /// What the guest gets of a disk that it may have used before, under a process that was killed: errors, where writes that
+    /// it holds for done are lost. It would go on as if they were not.
+    fn going_on(&self, session: Arc<dyn Session>) -> Arc<dyn Session> {
+        let volatile = !session.keeps_unflushed();
+        let Some(inflight) = self.inflight.as_ref().filter(|_| volatile) else {
+            self.shared.set_error(None);
+            return session;
+        };
+        if inflight.is_lost() && self.writeback.load(Ordering::SeqCst) {
+            let message = "the server was killed, and writes that it had not flushed to this image are lost: every request \
+                           fails until the guest is reset";
+            self.shared.complain(message);
+            self.shared.set_error(Some(message.into()));
+            return Arc::new(Lost(session));
+        }
+        inflight.set_unflushed(true);
+        self.shared.set_error(None);
+        session
     }
 
     fn start(&mut self, index: usize, session: &Arc<dyn Session>) -> std::result::Result<(), String> {
@@ -341,10 +362,11 @@ impl Device {
             let drain = self.shared.options().drain;
             let stop = self.shared.stop_until().map(|until| until.saturating_duration_since(Instant::now()));
             let within = stop.map_or(drain, |left| left.min(drain));
-            if !session.capabilities().read_only
-                && let Err(reason) = flush(self.shared.reactor(0), &session, within)
-            {
-                self.shared.complain(&format!("the last flush failed: {reason}"));
+            if !session.capabilities().read_only {
+                match flush(self.shared.reactor(0), &session, within) {
+                    Err(reason) => self.shared.complain(&format!("the last flush failed: {reason}")),
+                    Ok(()) => self.inflight.iter().for_each(|inflight| inflight.set_unflushed(false)),
+                }
             }
             drop(session);
             self.shared.set_started(false);

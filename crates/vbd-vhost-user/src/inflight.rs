@@ -15,7 +15,8 @@ const HEADER: usize = 16;
 const ENTRY: usize = 16;
 const ALIGNMENT: usize = 64;
 const VERSION: u16 = 1;
-/// Behind the queues' regions lies what the device itself must remember: a mark and whether its cache writes back.
+/// Behind the queues' regions lies what the device itself must remember: a mark, whether its cache writes back, and whether
+/// writes were let through that only a flush makes outlive this process.
 /// Other back-ends leave it alone, and the front-end does not look into the file.
 const MARK: u64 = 0x5642_4431_0000_5743;
 const TRAILER: usize = 64;
@@ -71,6 +72,24 @@ impl Inflight {
             value.store(u64::from(on), Ordering::Relaxed);
             mark.store(MARK, Ordering::Release);
         }
+    }
+
+    /// Whether writes that completed were lost with the process that had taken them: it was killed before it could flush.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.unflushed().is_some_and(|unflushed| unflushed.load(Ordering::Acquire) == 1)
+    }
+
+    /// Says that writes are let through which would be lost, or that all of them were flushed.
+    pub(crate) fn set_unflushed(&self, on: bool) {
+        if let Some(unflushed) = self.unflushed() {
+            unflushed.store(u64::from(on), Ordering::Release);
+        }
+    }
+
+    fn unflushed(&self) -> Option<&std::sync::atomic::AtomicU64> {
+        let at = self.mapping.start().wrapping_add(stride(self.entries) * usize::from(self.queues));
+        // SAFETY: as in `trailer`.
+        self.trailer.then(|| unsafe { word(at.add(16)) })
     }
 
     fn trailer(&self) -> Option<(&std::sync::atomic::AtomicU64, &std::sync::atomic::AtomicU64)> {

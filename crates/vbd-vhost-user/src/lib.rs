@@ -17,6 +17,7 @@ mod dirty;
 mod fuzz;
 mod inflight;
 mod log;
+mod lost;
 mod memory;
 mod notify;
 mod path;

@@ -65,6 +65,8 @@ pub(crate) struct Connection {
     pub(crate) pages: Arc<Pages>,
     pub(crate) numbers: Vec<Arc<Numbers>>,
     pub(crate) session: Option<Arc<dyn Session>>,
+    /// For the last flush.
+    reactor: Handle,
     queues: Vec<Remote>,
     policy: Policy,
     record: Arc<Record>,
@@ -97,6 +99,15 @@ impl Plan {
         let entries = self.offer.abi.entries(self.offer.pages());
         let count = u32::try_from(self.offer.queues.len()).unwrap_or(0);
         let record = self.record(count, entries)?;
+        if !session.keeps_unflushed() {
+            if self.successor == Succession::Recorded && record.is_lost() {
+                return Err("the server before this one was killed, and writes that it had not flushed to this image are \
+                            lost; the domain must be restarted"
+                    .to_owned()
+                    .into());
+            }
+            record.set_unflushed(true);
+        }
         let mut connection = Connection {
             geometry,
             capabilities,
@@ -104,6 +115,7 @@ impl Plan {
             pages: Arc::default(),
             numbers: Vec::new(),
             session: Some(session.clone()),
+            reactor: self.reactors[self.first_reactor % self.reactors.len()].clone(),
             queues: Vec::new(),
             policy: self.policy,
             record,
@@ -252,7 +264,12 @@ impl Connection {
                 );
             }
         }
-        self.session = None;
+        if let Some(session) = self.session.take().filter(|session| keep && !session.keeps_unflushed()) {
+            match vbd_core::flush(&self.reactor, &session, within.max(Duration::from_secs(1))) {
+                Ok(()) => self.record.set_unflushed(false),
+                Err(reason) => tracing::error!("the last flush failed: {reason}"),
+            }
+        }
         if !keep {
             self.record.remove();
         }

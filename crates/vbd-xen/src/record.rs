@@ -34,7 +34,9 @@ struct Head {
     /// What xenstore has too: that the file belongs to this connection.
     name: [AtomicU32; 2],
     complete: AtomicU32,
-    pad: [AtomicU32; 10],
+    /// Writes were let through that only a flush makes outlive the process.
+    unflushed: AtomicU32,
+    pad: [AtomicU32; 9],
 }
 
 #[repr(C)]
@@ -145,6 +147,16 @@ impl Record {
     /// Every queue has its part, and rings were taken from where it says: from now on a successor may use it.
     pub(crate) fn complete(&self) {
         self.head().complete.store(1, Ordering::Release);
+    }
+
+    /// Whether writes that completed were lost with the process that had taken them.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.head().unflushed.load(Ordering::Acquire) == 1
+    }
+
+    /// Says that writes are let through which would be lost, or that all of them were flushed.
+    pub(crate) fn set_unflushed(&self, on: bool) {
+        self.head().unflushed.store(u32::from(on), Ordering::Release);
     }
 
     /// Takes the file away: the connection has ended.

@@ -81,6 +81,10 @@ impl<F: Filter> Session for FilteredSession<F> {
         Ok(self.filter.clone().wrap(self.session.clone().channel(local)?, local))
     }
 
+    fn keeps_unflushed(&self) -> bool {
+        self.session.keeps_unflushed()
+    }
+
     fn grow(&self, size: u64) -> Result<()> {
         self.session.grow(size)
     }

@@ -187,6 +187,10 @@ impl Session for TrackedSession {
         self.inner().grow(size)
     }
 
+    fn keeps_unflushed(&self) -> bool {
+        self.inner().keeps_unflushed()
+    }
+
     fn live(&self) -> Option<&dyn Live> {
         self.inner().live().map(|_| self as &dyn Live)
     }

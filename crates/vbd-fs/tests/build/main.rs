@@ -10,8 +10,6 @@ mod oci;
 mod packed;
 mod properties;
 mod refusals;
-#[cfg(feature = "registry")]
-mod registry;
 mod room;
 mod same;
 mod sample;

@@ -135,6 +135,11 @@ impl Session for Qcow2Session {
         Ok(())
     }
 
+    /// Where a new cluster is, is in memory alone until a commit.
+    fn keeps_unflushed(&self) -> bool {
+        self.image.read_only || !self.image.backend.capabilities().write_cache
+    }
+
     fn live(&self) -> Option<&dyn Live> {
         Some(self)
     }

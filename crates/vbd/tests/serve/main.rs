@@ -2,7 +2,6 @@
 
 mod attach;
 mod control;
-mod formats;
 mod harness;
 mod paste;
 mod up;
