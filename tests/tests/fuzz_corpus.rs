@@ -24,6 +24,7 @@ const TARGETS: &[Target] = &[
     ("nbd_negotiation", vbd_nbd::fuzz::negotiation),
     ("oci_layers", vbd_fs::oci::fuzz_layers),
     ("oci_manifest", vbd_fs::oci::fuzz),
+    ("oci_registry", vbd_fs::oci::fuzz_registry),
     ("partition", vbd_image::partition::fuzz),
     ("probe", |bytes| drop(vbd_image::probe::filesystem_bytes(bytes))),
     ("qcow2_check", vbd_qcow2::check::fuzz::check_and_repair),

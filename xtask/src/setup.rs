@@ -53,7 +53,7 @@ const FROM_BACKPORTS: [Need; 2] = [
     ),
 ];
 
-const NEEDS: [Need; 29] = [
+const NEEDS: [Need; 31] = [
     need(Sign::Static("/bin/busybox"), "busybox-static", "the guests' first filesystem"),
     need(Sign::Program("mke2fs"), "e2fsprogs", "making and checking ext2, ext3, ext4"),
     need(Sign::Program("fakeroot"), "fakeroot", "owners in ext2 and ext3 without being root"),
@@ -86,6 +86,8 @@ const NEEDS: [Need; 29] = [
     need(Sign::Program("cpio"), "cpio", "archives to build from, the first filesystems of domains"),
     need(Sign::Program("bsdtar"), "libarchive-tools", "archives to build from"),
     need(Sign::Program("mksquashfs"), "squashfs-tools", "squashfs to build from"),
+    need(Sign::Program("docker-registry"), "docker-registry", "a registry of container images"),
+    need(Sign::Program("skopeo"), "skopeo", "filling it"),
     need(Sign::Program("strip"), "binutils", "a command that is quick to load there"),
 ];
 

@@ -6,6 +6,7 @@
 
 mod backing;
 mod chain;
+mod check;
 mod create;
 mod format;
 mod gate;
@@ -15,6 +16,7 @@ mod tracked;
 
 pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
+pub use check::{Checked, Repair, check};
 pub use create::{Kind, NewImage, VhdKind, backing_size, create};
 pub use format::{Format, FormatError};
 pub use gate::Gate;

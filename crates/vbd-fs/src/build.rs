@@ -143,13 +143,21 @@ pub(crate) fn make(options: &BuildOptions, place: &Place<'_>, progress: &mut dyn
         Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
         _ => place.directory.to_owned(),
     };
-    if let Source::Image(reference) = &options.spec.from {
+    if let Source::Image(_) | Source::Registry(_) = &options.spec.from {
         no_exclude(options)?;
         if options.spec.filesystem != Filesystem::Ext4 {
             let reason = format!("container images become ext4, not {}", options.spec.filesystem);
             return Err(Error::Invalid(reason));
         }
-        let image = oci::Image::open(reference)?;
+        let machine = options.spec.platform.as_ref();
+        let image = match &options.spec.from {
+            Source::Registry(reference) => {
+                progress.message(&format!("asking for {reference}"));
+                oci::Image::fetch(reference, machine)?
+            }
+            Source::Image(reference) => oci::Image::open(reference, machine)?,
+            other => return Err(Error::Invalid(format!("{other} is no container image"))),
+        };
         let done = make_ext4(options, Input::Image(image), place, &scratch, progress)?;
         let superblock = read_superblock(place)?;
         return Ok(Made { done, superblock });
@@ -301,7 +309,9 @@ fn open(
             let output = running.take_stdout().map(|out| File::from(OwnedFd::from(out)));
             Ok((From::Archive(format!("{} {suite}", distribution.name())), output, Some(running)))
         }
-        Source::Image(image) => Err(Error::Invalid(format!("{image} is no single archive"))),
+        image @ (Source::Image(_) | Source::Registry(_)) => {
+            Err(Error::Invalid(format!("{image} is no single archive")))
+        }
         Source::Path(path) => {
             let unreadable = |e: std::io::Error| Error::Source {
                 path: path.clone(),

@@ -93,6 +93,19 @@ pub(crate) trait Content {
     fn next_extent(&mut self) -> io::Result<Option<Range<u64>>>;
     /// Reads on in the extent; 0 at its end.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Reads on until the buffer is full or the extent ends; how much that was.
+    fn read_full(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(filled)
+    }
     /// The file that holds exactly this content, where there is one.
     fn file(&self) -> Option<BorrowedFd<'_>> {
         None

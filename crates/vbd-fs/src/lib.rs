@@ -39,6 +39,7 @@ pub mod upkeep;
 mod vfat;
 mod walk;
 mod watched;
+mod zeros;
 
 pub use build::{Report, build};
 pub use disk::{Architecture, Boot, DiskSpec, Holds, PartitionReport, PartitionSpec, TableKind};

@@ -7,12 +7,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::oci::{ImageRef, ImageStore};
+use crate::oci::{ImageRef, ImageStore, RegistryRef};
 
 /// Where the tree of a new filesystem comes from.
 ///
 /// As text: `-` for an archive on standard input, `debian:SUITE`, `ubuntu:SUITE`, `oci:DIRECTORY[:NAME]` and
-/// `docker-archive:FILE[:NAME]` for container images, and anything else is the path of a
+/// `docker-archive:FILE[:NAME]` for container images, `docker://[HOST/]NAME[:TAG]` for one in a registry, and anything else is the path of a
 /// directory or an archive (write `./debian:x` for a file of that name).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -23,6 +23,8 @@ pub enum Source {
     Stdin,
     /// A container image in a layout directory or an archive.
     Image(ImageRef),
+    /// A container image in a registry.
+    Registry(RegistryRef),
     /// A distribution's suite, installed afresh by mmdebstrap.
     Suite {
         /// Whose suite it is.
@@ -63,6 +65,9 @@ impl FromStr for Source {
         if text == "-" {
             return Ok(Source::Stdin);
         }
+        if text.starts_with(RegistryRef::PREFIX) {
+            return RegistryRef::parse(text).map(Source::Registry);
+        }
         for store in [ImageStore::Layout, ImageStore::Archive] {
             let rest = text.strip_prefix(store.prefix()).and_then(|rest| rest.strip_prefix(':'));
             if let Some(rest) = rest {
@@ -90,6 +95,7 @@ impl fmt::Display for Source {
             Source::Path(path) => write!(f, "{}", path.display()),
             Source::Stdin => f.write_str("-"),
             Source::Image(image) => image.fmt(f),
+            Source::Registry(image) => image.fmt(f),
             Source::Suite { distribution, suite } => write!(f, "{}:{suite}", distribution.name()),
         }
     }

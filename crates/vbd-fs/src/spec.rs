@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use vbd_image::size::{Human, Size};
 
 use crate::disk::swap;
+use crate::oci::Machine;
 use crate::{DiskSpec, Error, ImageSize, Result, Source, Tailor, Time};
 
 /// A filesystem that can be made.
@@ -170,6 +171,9 @@ pub struct BuildSpec {
     /// How much of a suite is installed; `important` where not given.
     #[serde(default)]
     pub variant: Option<Variant>,
+    /// The machine that a container image is for, where there are several (`linux/arm64`); this one where not given.
+    #[serde(default)]
+    pub platform: Option<Machine>,
     /// A whole disk around the filesystem, which then is its root; the filesystem fills the file where not given.
     #[serde(default)]
     pub disk: Option<DiskSpec>,
@@ -202,6 +206,7 @@ impl BuildSpec {
             components: Vec::new(),
             packages: Vec::new(),
             variant: None,
+            platform: None,
             disk: None,
         }
     }
@@ -233,6 +238,9 @@ impl BuildSpec {
                 "mirror, components, packages and variant are for debian:SUITE and ubuntu:SUITE, not for {}",
                 self.from
             ));
+        }
+        if self.platform.is_some() && !matches!(self.from, Source::Image(_) | Source::Registry(_)) {
+            return invalid(format!("platform is for container images, not for {}", self.from));
         }
         Ok(())
     }

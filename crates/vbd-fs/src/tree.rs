@@ -15,11 +15,11 @@ use crate::entry::{Content, Entry, Meta, Node, Sink, Time, Xattr};
 use crate::error::Context;
 use crate::meter::{Geometry, Meter, Room};
 use crate::sys::{self, View};
+use crate::zeros::is_zero;
 use crate::{Error, Progress, Result};
 
 /// Zeros of this size, at a multiple of it, become a hole.
 const GRAIN: usize = 4096;
-const ZEROS: [u8; GRAIN] = [0; GRAIN];
 const BUFFER: usize = 1 << 20;
 
 /// An extended attribute that fakeroot cannot keep, which is set in the filesystem itself.
@@ -215,7 +215,7 @@ impl Tree {
                     return Err(Error::Interrupted);
                 }
                 let room = usize::try_from(extent.end - at).unwrap_or(BUFFER).min(BUFFER);
-                let got = fill(content, &mut self.buffer[..room]).at("read", path)?;
+                let got = content.read_full(&mut self.buffer[..room]).at("read", path)?;
                 if got == 0 {
                     break;
                 }
@@ -301,19 +301,6 @@ fn name_of(path: &Path) -> &OsStr {
     path.file_name().unwrap_or(OsStr::new("."))
 }
 
-fn fill(content: &mut dyn Content, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match content.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(filled)
-}
-
 /// The parts of `bytes`, which start at `offset`, that are not whole grains of zeros.
 fn data_in(bytes: &[u8], offset: u64) -> Vec<Range<usize>> {
     let mut pieces: Vec<Range<usize>> = Vec::new();
@@ -321,7 +308,7 @@ fn data_in(bytes: &[u8], offset: u64) -> Vec<Range<usize>> {
     while at < bytes.len() {
         let into = usize::try_from((offset + at as u64) % GRAIN as u64).unwrap_or(0);
         let until = (at + GRAIN - into).min(bytes.len());
-        if bytes[at..until] != ZEROS[..until - at] {
+        if !is_zero(&bytes[at..until]) {
             match pieces.last_mut() {
                 Some(last) if last.end == at => last.end = until,
                 _ => pieces.push(at..until),

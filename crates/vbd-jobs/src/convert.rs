@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vbd_core::Client;
 use vbd_core::file::Cache;
-use vbd_formats::{ImageSpec, NewImage};
+use vbd_formats::{Format, ImageSpec, NewImage, Repair};
 use vbd_image::create;
 
 use crate::copy::Copy;
@@ -193,6 +193,7 @@ impl Draft {
                         let path = self.path.display();
                         return Err(Error::Refused(format!("{path}: {message}: begin anew with --restart")));
                     }
+                    self.mend(image)?;
                     return Ok((old.done, old));
                 }
             }
@@ -207,6 +208,14 @@ impl Draft {
         }
         vbd_formats::create(&self.path, &NewImage { replace: true, ..image.clone() })?;
         Ok((0, new))
+    }
+
+    /// Gives back what a kill or a power cut has left taken in the draft and not referred to.
+    fn mend(&self, image: &NewImage) -> Result<()> {
+        if image.format() == Format::Qcow2 {
+            vbd_formats::check(&ImageSpec::new(&self.path, Format::Qcow2), Some(Repair::All))?;
+        }
+        Ok(())
     }
 
     /// Says what is left, with an error after which the job can be taken up again.

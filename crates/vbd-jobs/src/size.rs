@@ -78,13 +78,17 @@ pub fn resize(spec: &ImageSpec, size: impl FnOnce(u64) -> Option<u64>, shrink: b
         let before = image.size();
         let after = size(before).and_then(|after| after.checked_next_multiple_of(SECTOR));
         let after = after.ok_or_else(|| Error::Refused(format!("{name}: no disk can be that large")))?;
-        if after >= before {
+        if after >= before && spec.format != Format::Vhd {
             image.session().grow(after)?;
             image.flush()?;
             return Ok((before, after));
         }
         (before, after)
     };
+    if after >= before {
+        grow_vhd(spec, after)?;
+        return Ok((before, after));
+    }
     if !shrink {
         let message = "what is beyond the new size would be lost: say --shrink, if that is meant";
         return Err(Error::Refused(format!("{name}: has {before} bytes; {message}")));
@@ -95,16 +99,30 @@ pub fn resize(spec: &ImageSpec, size: impl FnOnce(u64) -> Option<u64>, shrink: b
             format!("{name}: {format} images do not become smaller yet; convert it to a smaller one");
         return Err(Error::Refused(message));
     }
-    let image =
-        vbd_image::open::open_to_write(&spec.path).map_err(|error| Error::Refused(error.to_string()))?;
+    let (image, lease) = alone(spec)?;
     if image.kind == vbd_image::open::Kind::Block {
         return Err(Error::Refused(format!("{name}: is a block device: its size is not ours to change")));
     }
-    let options = lease::Options { wait: spec.lease_wait, ..lease::Options::default() };
-    let lease = Lease::acquire(image.file.as_fd(), &spec.path, Mode::Write, options)
-        .map_err(|error| Error::Refused(error.to_string()))?;
     image.file.set_len(after).map_err(Error::io(&spec.path, "cut it off"))?;
     image.file.sync_all().map_err(Error::io(&spec.path, "make it durable"))?;
     drop(lease);
     Ok((before, after))
+}
+
+/// A VHD's tables move when it grows, so nobody may have it open.
+fn grow_vhd(spec: &ImageSpec, size: u64) -> Result<()> {
+    let (image, _lease) = alone(spec)?;
+    vbd_vhd::grow(&image.file, size)
+        .map_err(|error| Error::Refused(format!("{}: {error}", spec.path.display())))?;
+    Ok(())
+}
+
+/// The file of an image that nobody else uses.
+fn alone(spec: &ImageSpec) -> Result<(vbd_image::open::Image, Lease)> {
+    let image =
+        vbd_image::open::open_to_write(&spec.path).map_err(|error| Error::Refused(error.to_string()))?;
+    let options = lease::Options { wait: spec.lease_wait, ..lease::Options::default() };
+    let lease = Lease::acquire(image.file.as_fd(), &spec.path, Mode::Write, options)
+        .map_err(|error| Error::Refused(error.to_string()))?;
+    Ok((image, lease))
 }

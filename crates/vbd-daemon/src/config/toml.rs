@@ -268,7 +268,7 @@ fn new_image(
                 }
                 vbd_fs::Source::Path(path) => *path = below(source.file, path),
                 vbd_fs::Source::Image(image) => image.path = below(source.file, &image.path),
-                vbd_fs::Source::Suite { .. } => {}
+                vbd_fs::Source::Registry(_) | vbd_fs::Source::Suite { .. } => {}
             }
             Some(spec)
         }

@@ -13,7 +13,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
-use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
+use super::{
+    Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, SnapshotInfo, SnapshotName, XenDevice,
+};
 use crate::{Fault, FaultKind};
 
 /// How long an answer may take: stopping a disk is the slowest, and it is bounded by the server.
@@ -88,6 +90,29 @@ impl Client {
     /// Makes a disk larger.
     pub fn grow(&self, name: &str, grow: Grow) -> Result<Grown, ClientError> {
         self.ask(Method::POST, &format!("/v1/disks/{}/grow", encode(name)), Some(&grow))
+    }
+
+    /// The snapshots inside a disk's image.
+    pub fn snapshots(&self, name: &str) -> Result<Vec<SnapshotInfo>, ClientError> {
+        self.ask(Method::GET, &format!("/v1/disks/{}/snapshots", encode(name)), None::<&()>)
+    }
+
+    /// Keeps a disk's content as it is now.
+    pub fn create_snapshot(&self, name: &str, snapshot: &str) -> Result<SnapshotInfo, ClientError> {
+        let which = SnapshotName { snapshot: snapshot.to_owned() };
+        self.ask(Method::POST, &format!("/v1/disks/{}/snapshots", encode(name)), Some(&which))
+    }
+
+    /// Gives a disk the content that it had then.
+    pub fn apply_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ClientError> {
+        let which = SnapshotName { snapshot: snapshot.to_owned() };
+        self.ask(Method::POST, &format!("/v1/disks/{}/snapshots/apply", encode(name)), Some(&which))
+    }
+
+    /// Forgets a snapshot.
+    pub fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ClientError> {
+        let which = SnapshotName { snapshot: snapshot.to_owned() };
+        self.ask(Method::POST, &format!("/v1/disks/{}/snapshots/delete", encode(name)), Some(&which))
     }
 
     /// Serves another disk.

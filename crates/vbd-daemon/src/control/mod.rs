@@ -233,6 +233,42 @@ pub struct Grown {
     pub size: u64,
 }
 
+/// A snapshot that is kept inside an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Its number in the image.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// When it was made, in seconds since 1970.
+    pub date: u64,
+    /// The disk's size then, in bytes.
+    pub size: u64,
+    /// The bytes of a machine's state in it; 0 for one of the disk alone.
+    pub state: u64,
+}
+
+impl From<vbd_core::Snapshot> for SnapshotInfo {
+    fn from(snapshot: vbd_core::Snapshot) -> Self {
+        let date = snapshot.date.duration_since(std::time::UNIX_EPOCH);
+        SnapshotInfo {
+            id: snapshot.id,
+            name: snapshot.name,
+            date: date.map_or(0, |since| since.as_secs()),
+            size: snapshot.size,
+            state: snapshot.state,
+        }
+    }
+}
+
+/// Which snapshot: the name of a new one; the number or name of one that there is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotName {
+    /// That.
+    pub snapshot: String,
+}
+
 /// How a disk is taken away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

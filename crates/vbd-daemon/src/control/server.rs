@@ -18,7 +18,9 @@ use axum::{Json, Router};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
-use super::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
+use super::{
+    Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, SnapshotInfo, SnapshotName, XenDevice,
+};
 use crate::{Fault, FaultKind, Supervisor};
 
 /// The control socket of this process. Its file goes when it is dropped.
@@ -124,6 +126,9 @@ fn router(supervisor: Arc<Supervisor>) -> Router {
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel_job))
+        .route("/v1/disks/{name}/snapshots", get(snapshots).post(create_snapshot))
+        .route("/v1/disks/{name}/snapshots/apply", post(apply_snapshot))
+        .route("/v1/disks/{name}/snapshots/delete", post(delete_snapshot))
         .fallback(async || {
             Fault::new(FaultKind::Unknown, "there is no such resource: docs/control.md lists them")
         })
@@ -196,6 +201,37 @@ async fn job(State(supervisor): Server, Segment(id): Segment<String>) -> Answer<
 
 async fn cancel_job(State(supervisor): Server, Segment(id): Segment<String>) -> Answer<JobInfo> {
     supervisor.cancel_job(&id).map(Json)
+}
+
+async fn snapshots(State(supervisor): Server, Segment(name): Segment<String>) -> Answer<Vec<SnapshotInfo>> {
+    blocking(move || supervisor.snapshots(&name)).await
+}
+
+async fn create_snapshot(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    which: Asked<SnapshotName>,
+) -> Answer<SnapshotInfo> {
+    let which = body(which)?;
+    blocking(move || supervisor.create_snapshot(&name, &which.snapshot)).await
+}
+
+async fn apply_snapshot(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    which: Asked<SnapshotName>,
+) -> Answer<()> {
+    let which = body(which)?;
+    blocking(move || supervisor.apply_snapshot(&name, &which.snapshot)).await
+}
+
+async fn delete_snapshot(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    which: Asked<SnapshotName>,
+) -> Answer<()> {
+    let which = body(which)?;
+    blocking(move || supervisor.delete_snapshot(&name, &which.snapshot)).await
 }
 
 fn body<T>(asked: Asked<T>) -> Result<T, Fault> {

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 
 use crate::config::{Config, DiskConfig, Limits};
-use crate::control::{Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, XenDevice};
+use crate::control::{
+    Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, SnapshotInfo, XenDevice,
+};
 use crate::daemon::StartError;
 use crate::service::Listener;
 use crate::xen::{self, Face, Xen};
@@ -166,6 +168,40 @@ impl Supervisor {
     /// No disk has this name, it would become smaller, it cannot grow, or there is no room.
     pub fn grow(&self, name: &str, to: Grow) -> Result<Grown, Fault> {
         self.get(name)?.grow(to)
+    }
+
+    /// The snapshots inside a disk's image.
+    ///
+    /// # Errors
+    /// No disk has this name, or its image keeps none; so for all that follow.
+    pub fn snapshots(&self, name: &str) -> Result<Vec<SnapshotInfo>, Fault> {
+        let list = self.get(name)?.live(|live| live.snapshots())?;
+        Ok(list.into_iter().map(SnapshotInfo::from).collect())
+    }
+
+    /// Keeps a disk's content as it is now, while its guests go on.
+    ///
+    /// # Errors
+    /// There is one of that name, or there is no room.
+    pub fn create_snapshot(&self, name: &str, snapshot: &str) -> Result<SnapshotInfo, Fault> {
+        Ok(self.get(name)?.live(|live| live.create_snapshot(snapshot))?.into())
+    }
+
+    /// Gives a disk the content that it had then. Its guests find other bytes than those they know: that is for whoever
+    /// asks for it to mind.
+    ///
+    /// # Errors
+    /// There is no such snapshot.
+    pub fn apply_snapshot(&self, name: &str, snapshot: &str) -> Result<(), Fault> {
+        self.get(name)?.live(|live| live.apply_snapshot(snapshot))
+    }
+
+    /// Forgets a snapshot.
+    ///
+    /// # Errors
+    /// There is no such snapshot.
+    pub fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<(), Fault> {
+        self.get(name)?.live(|live| live.delete_snapshot(snapshot))
     }
 
     /// Serves one more disk.

@@ -284,6 +284,21 @@ impl Served {
         Ok(Grown { before, size })
     }
 
+    /// Has the image's format do something, with the session that the guests have, or with one for this alone.
+    pub(super) fn live<T>(
+        &self,
+        work: impl FnOnce(&dyn vbd_core::Live) -> vbd_core::Result<T>,
+    ) -> Result<T, Fault> {
+        let failed = |error| named(&self.config, error);
+        let session = self.disk.open().map_err(failed)?;
+        let live = session.live().ok_or_else(|| {
+            let format = self.config.format;
+            let message = format!("{}: a {format} image keeps no snapshots: qcow2 does", self.config.name);
+            Fault::new(FaultKind::Invalid, message)
+        })?;
+        work(live).map_err(failed)
+    }
+
     /// Ends the front-ends and gives the disk back.
     pub(super) fn stop(&self, exports: &Exports, how: Ending, within: Duration) -> Result<(), Fault> {
         let deadline = Instant::now() + within;

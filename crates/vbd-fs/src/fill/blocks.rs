@@ -4,6 +4,7 @@ use std::io;
 
 use crate::entry::Content;
 use crate::plan::BLOCK;
+use crate::zeros::is_zero;
 
 /// Bytes in a block, as an index.
 pub(crate) const SIZE: usize = 4096;
@@ -67,12 +68,6 @@ pub(crate) fn block_number(logical: u64) -> io::Result<u32> {
     })
 }
 
-fn is_zero(block: &[u8]) -> bool {
-    // Most blocks differ from zero in their first bytes.
-    let (words, rest) = block.as_chunks::<64>();
-    words.iter().all(|word| word.iter().fold(0, |all, &byte| all | byte) == 0) && rest.iter().all(|&b| b == 0)
-}
-
 /// Reads content to its end, and hands it on in parts of at most [`PIECE`] bytes.
 ///
 /// # Errors
@@ -120,7 +115,7 @@ pub(crate) fn each_part<E>(
             let old = blocks.bytes.len();
             let room = (PIECE - old).min(usize::try_from(extent.end - at).unwrap_or(PIECE));
             blocks.bytes.resize(old + room, 0);
-            let got = fill(content, &mut blocks.bytes[old..]);
+            let got = content.read_full(&mut blocks.bytes[old..]);
             let got = good!(got);
             blocks.bytes.truncate(old + got);
             if got == 0 {
@@ -135,19 +130,6 @@ pub(crate) fn each_part<E>(
         take(blocks, read)?;
     }
     Ok(Ok(()))
-}
-
-fn fill(content: &mut dyn Content, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match content.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(filled)
 }
 
 #[cfg(test)]

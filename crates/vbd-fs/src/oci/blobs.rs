@@ -2,13 +2,18 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "registry")]
+use std::sync::Arc;
 
+use super::digest::Digest;
+#[cfg(feature = "registry")]
+use super::registry;
 use crate::error::Context;
 use crate::tar::clean_path;
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
 
 /// More files in an archive than these are no image's.
 const FILES: usize = 100_000;
@@ -27,7 +32,16 @@ pub(super) struct Blob {
 /// The files.
 pub(super) enum Blobs {
     Directory(PathBuf),
-    Archive { path: PathBuf, file: File, members: HashMap<String, Blob> },
+    Archive {
+        file: File,
+        members: HashMap<String, Blob>,
+    },
+    #[cfg(feature = "registry")]
+    Registry {
+        client: Arc<registry::Client>,
+        /// The manifest that was asked for, by its path.
+        manifest: (String, Vec<u8>),
+    },
 }
 
 impl Blobs {
@@ -96,7 +110,29 @@ impl Blobs {
                 members.insert(name, found);
             }
         }
-        Ok(Blobs::Archive { path: path.to_owned(), file, members })
+        Ok(Blobs::Archive { file, members })
+    }
+
+    /// Where manifests are, other than the rest.
+    pub(super) fn manifest_path(&self, digest: &Digest) -> String {
+        match self {
+            #[cfg(feature = "registry")]
+            Blobs::Registry { .. } => format!("manifests/{digest}"),
+            _ => digest.path(),
+        }
+    }
+
+    /// As [`Blobs::find`], for a file whose size may be written elsewhere, which a registry is not asked for.
+    pub(super) fn find_sized(
+        &self,
+        path: &str,
+        #[cfg_attr(not(feature = "registry"), expect(unused_variables))] size: Option<u64>,
+    ) -> Option<Blob> {
+        match self {
+            #[cfg(feature = "registry")]
+            Blobs::Registry { .. } => Some(Blob { path: path.to_owned(), offset: 0, size: size? }),
+            _ => self.find(path),
+        }
     }
 
     pub(super) fn has(&self, path: &str) -> bool {
@@ -113,23 +149,49 @@ impl Blobs {
                 Some(Blob { path: path.to_owned(), offset: 0, size: found.len() })
             }
             Blobs::Archive { members, .. } => members.get(clean.to_str()?).cloned(),
+            #[cfg(feature = "registry")]
+            Blobs::Registry { .. } => None,
         }
     }
 
-    /// Reads a file.
-    pub(super) fn open(&self, blob: &Blob) -> Result<Box<dyn Read + Send + '_>> {
+    /// Reads a file, until `cancel` where reading may take its time.
+    pub(super) fn open(
+        &self,
+        blob: &Blob,
+        #[cfg_attr(not(feature = "registry"), expect(unused_variables))] cancel: &Cancel,
+    ) -> Result<Box<dyn Read + Send + '_>> {
         match self {
             Blobs::Directory(directory) => {
                 let path = directory.join(&blob.path);
                 let file = File::open(&path).at("open", &path)?;
                 Ok(Box::new(file.take(blob.size)))
             }
-            Blobs::Archive { path, file, .. } => {
-                let mut file = file.try_clone().at("open", path)?;
-                file.seek(SeekFrom::Start(blob.offset)).at("read", path)?;
-                Ok(Box::new(file.take(blob.size)))
+            Blobs::Archive { file, .. } => Ok(Box::new(Part { file, at: blob.offset }.take(blob.size))),
+            #[cfg(feature = "registry")]
+            Blobs::Registry { manifest: (path, bytes), .. } if *path == blob.path => {
+                Ok(Box::new(bytes.as_slice()))
+            }
+            #[cfg(feature = "registry")]
+            Blobs::Registry { client, .. } => {
+                // A registry's blobs have their digest as it is written everywhere else.
+                let path = blob.path.replace("blobs/sha256/", "blobs/sha256:");
+                Ok(Box::new(registry::Incoming::new(Arc::clone(client), path, blob.size, cancel.clone())))
             }
         }
+    }
+}
+
+/// A part of an archive, read by itself: several are read at a time.
+struct Part<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Part<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.at)?;
+        self.at += read as u64;
+        Ok(read)
     }
 }
 

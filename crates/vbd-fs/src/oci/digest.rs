@@ -1,5 +1,6 @@
 //! Digests of what is read.
 
+use std::fmt;
 use std::io::{self, Read};
 use std::str::FromStr;
 
@@ -16,6 +17,12 @@ impl Digest {
     /// Where the blob is in a layout.
     pub(super) fn path(&self) -> String {
         format!("blobs/sha256/{}", self.0)
+    }
+
+    /// The digest of bytes.
+    #[cfg(feature = "registry")]
+    pub(super) fn of(bytes: &[u8]) -> Digest {
+        digest_of(Sha256::new_with_prefix(bytes))
     }
 }
 
@@ -54,6 +61,12 @@ pub(super) fn of_chunks(chunks: impl Iterator<Item = io::Result<Chunk>>) -> io::
 fn digest_of(state: Sha256) -> Digest {
     let found: [u8; 32] = state.finalize().into();
     Digest(hex(&found))
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sha256:{}", self.0)
+    }
 }
 
 /// A reader that takes the digest of what it reads.

@@ -1,8 +1,11 @@
 //! What describes an image, as far as a filesystem needs it.
 
 use std::fmt;
+use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
 
 /// An index, and the `index.json` of a layout.
 #[derive(Debug, Clone, Deserialize)]
@@ -42,23 +45,70 @@ struct Annotations {
     reference: Option<String>,
 }
 
-/// What an image is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Here(&'static str);
+/// The machine that an image is to be for: `linux/amd64`, `linux/arm/v7`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Machine {
+    architecture: String,
+    /// A kind of the architecture; any where not given.
+    variant: Option<String>,
+}
 
-impl fmt::Display for Here {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "linux/{}", self.0)
+impl Machine {
+    /// This one, as images call it.
+    pub(super) fn this() -> Machine {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            "x86" => "386",
+            "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+            other => other,
+        };
+        Machine { architecture: architecture.to_owned(), variant: None }
     }
 }
 
-/// This machine, as images call it.
-pub(super) fn this_machine() -> Here {
-    Here(match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    })
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "linux/{}", self.architecture)?;
+        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
+    }
+}
+
+impl FromStr for Machine {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Machine, Error> {
+        let plain = |part: &&str| {
+            !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        let parts: Vec<&str> = text.split('/').collect();
+        let (architecture, variant) = match parts[..] {
+            ["linux", architecture] => (architecture, None),
+            ["linux", architecture, variant] => (architecture, Some(variant)),
+            _ => ("", None),
+        };
+        if !plain(&architecture) || !variant.as_ref().is_none_or(plain) {
+            return Err(Error::Invalid(format!(
+                "{text:?} is no platform such as linux/arm64 or linux/arm/v7"
+            )));
+        }
+        Ok(Machine { architecture: architecture.to_owned(), variant: variant.map(str::to_owned) })
+    }
+}
+
+impl TryFrom<String> for Machine {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Machine, Error> {
+        text.parse()
+    }
+}
+
+impl From<Machine> for String {
+    fn from(machine: Machine) -> String {
+        machine.to_string()
+    }
 }
 
 /// What an image is for.
@@ -68,15 +118,24 @@ pub(super) struct Platform {
     architecture: String,
     #[serde(default)]
     os: String,
+    #[serde(default)]
+    variant: Option<String>,
 }
 
 impl Platform {
-    pub(super) fn is(&self, here: Here) -> bool {
-        self.os == "linux" && self.architecture == here.0
+    pub(super) fn is(&self, machine: &Machine) -> bool {
+        let variant = machine.variant.is_none() || machine.variant == self.variant;
+        self.os == "linux" && self.architecture == machine.architecture && variant
     }
 }
 
 impl Descriptor {
+    /// What leads to a manifest or an index that is known by its digest.
+    #[cfg(feature = "registry")]
+    pub(super) fn of(media_type: String, digest: String, size: u64) -> Descriptor {
+        Descriptor { media_type, digest, size: Some(size), platform: None, annotations: None }
+    }
+
     pub(super) fn name(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
         annotations.name.as_deref().or(annotations.reference.as_deref())

@@ -1,5 +1,5 @@
-//! Container images as a source: an OCI layout directory, or the archive that `docker save` (or `podman save`) makes,
-//! in its old form and with an OCI layout in it.
+//! Container images as a source: an OCI layout directory, the archive that `docker save` (or `podman save`) makes, in its
+//! old form and with an OCI layout in it, or a registry.
 //!
 //! Layers are applied one on the other as they are read, with their whiteouts, and every digest is checked: what does
 //! not match ends the build. The formats: OCI image specification 1.1 ("Image Layout", "Image Manifest", "Image Layer
@@ -9,6 +9,7 @@ mod blobs;
 mod digest;
 mod json;
 mod layer;
+mod registry;
 mod unpack;
 
 use std::collections::VecDeque;
@@ -21,14 +22,16 @@ use serde::{Deserialize, Serialize};
 use crate::error::Context;
 use crate::plan::Gather;
 use crate::tar::NamedAcl;
-use crate::{Error, Progress, Result, Step};
+use crate::{Cancel, Error, Progress, Result, Step};
 
 use blobs::{Blob, Blobs};
 use digest::{Digest, Hashing};
 use json::{Config, Descriptor, Index, Manifest, Saved};
 use unpack::Unpacking;
 
+pub use json::Machine;
 pub use layer::fuzz as fuzz_layers;
+pub use registry::{RegistryRef, fuzz as fuzz_registry};
 
 /// The largest manifest or index that is read, in bytes: registries allow 4 MiB.
 const MANIFEST: u64 = 4 << 20;
@@ -116,14 +119,15 @@ impl Image {
     /// # Errors
     ///
     /// What is missing, damaged, of an unknown kind, or of which there are several.
-    pub(crate) fn open(reference: &ImageRef) -> Result<Image> {
+    pub(crate) fn open(reference: &ImageRef, machine: Option<&Machine>) -> Result<Image> {
         let shown = reference.to_string();
         let blobs = match reference.store {
             ImageStore::Layout => Blobs::directory(&reference.path)?,
             ImageStore::Archive => Blobs::archive(&reference.path)?,
         };
         let name = reference.name.as_deref();
-        let finder = Finder { shown: &shown, blobs: &blobs };
+        let machine = machine.cloned().unwrap_or_else(Machine::this);
+        let finder = Finder { shown: &shown, blobs: &blobs, machine };
         // What docker saves has both descriptions; the OCI one has digests.
         let layers = if blobs.has("index.json") {
             finder.layout(name)?
@@ -133,6 +137,41 @@ impl Image {
             return Err(finder.bad("", "is no container image: it has neither index.json nor manifest.json"));
         };
         Ok(Image { shown, layers, blobs })
+    }
+
+    /// Asks a registry for an image.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::open`]; a registry that cannot be reached, or refuses.
+    #[cfg(feature = "registry")]
+    pub(crate) fn fetch(reference: &RegistryRef, machine: Option<&Machine>) -> Result<Image> {
+        let shown = reference.to_string();
+        let bad = |reason: String| Error::Archive { archive: shown.clone(), entry: String::new(), reason };
+        let client = registry::Client::new(reference).map_err(bad)?;
+        let fetched = client.manifest(MANIFEST).map_err(bad)?;
+        let found = Digest::of(&fetched.bytes);
+        if let Some(wanted) = client.digest().filter(|wanted| *wanted != found.to_string()) {
+            return Err(bad(format!("the manifest's digest is {found} and must be {wanted}")));
+        }
+        let size = fetched.bytes.len() as u64;
+        let descriptor = Descriptor::of(fetched.kind, found.to_string(), size);
+        let manifest = (format!("manifests/{found}"), fetched.bytes);
+        let blobs = Blobs::Registry { client: std::sync::Arc::new(client), manifest };
+        let machine = machine.cloned().unwrap_or_else(Machine::this);
+        let finder = Finder { shown: &shown, blobs: &blobs, machine };
+        let layers = finder.image(Index { manifests: vec![descriptor] }, None)?;
+        Ok(Image { shown, layers, blobs })
+    }
+
+    /// Refuses to ask a registry.
+    ///
+    /// # Errors
+    ///
+    /// Always.
+    #[cfg(not(feature = "registry"))]
+    pub(crate) fn fetch(reference: &RegistryRef, _: Option<&Machine>) -> Result<Image> {
+        Err(Error::Invalid(format!("{reference}: this program was built without the feature `registry`")))
     }
 
     /// Bytes of the layers as they are stored.
@@ -159,8 +198,9 @@ impl Image {
             let mut to_come = (1..).zip(&self.layers);
             for (number, _) in (1..).zip(&self.layers) {
                 let more = to_come.by_ref().take(ahead.max(1) - running.len());
-                running
-                    .extend(more.map(|(number, layer)| Unpacking::start(scope, self, layer, name(number))));
+                running.extend(more.map(|(number, layer)| {
+                    Unpacking::start(scope, self, layer, (name(number), progress.cancel()))
+                }));
                 let Some(unpacking) = running.pop_front() else { break };
                 named.extend(unpacking.apply(&name(number), gather, progress)?);
                 progress.advance(0);
@@ -173,6 +213,7 @@ impl Image {
 struct Finder<'a> {
     shown: &'a str,
     blobs: &'a Blobs,
+    machine: Machine,
 }
 
 impl Finder<'_> {
@@ -181,12 +222,18 @@ impl Finder<'_> {
     }
 
     /// A small file of the image, and whether it is what its digest says.
-    fn read(&self, path: &str, limit: u64, digest: Option<&Digest>) -> Result<Vec<u8>> {
-        let blob = self.blobs.find(path).ok_or_else(|| self.bad(path, "is missing in the image"))?;
+    fn read(
+        &self,
+        path: &str,
+        limit: u64,
+        (digest, size): (Option<&Digest>, Option<u64>),
+    ) -> Result<Vec<u8>> {
+        let blob =
+            self.blobs.find_sized(path, size).ok_or_else(|| self.bad(path, "is missing in the image"))?;
         if blob.size > limit {
             return Err(self.bad(path, format!("has {} bytes, which is too many", blob.size)));
         }
-        let mut reader = Hashing::new(self.blobs.open(&blob)?.take(limit));
+        let mut reader = Hashing::new(self.blobs.open(&blob, &Cancel::never())?.take(limit));
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes).at("read in the image", Path::new(path))?;
         reader.check(digest).map_err(|e| self.bad(path, e.to_string()))?;
@@ -197,24 +244,30 @@ impl Finder<'_> {
         &self,
         path: &str,
         limit: u64,
-        digest: Option<&Digest>,
+        expected: (Option<&Digest>, Option<u64>),
     ) -> Result<T> {
-        let bytes = self.read(path, limit, digest)?;
+        let bytes = self.read(path, limit, expected)?;
         serde_json::from_slice(&bytes).map_err(|e| self.bad(path, format!("is not as it must be: {e}")))
     }
 
     /// The layers of an image in an OCI layout.
     fn layout(&self, name: Option<&str>) -> Result<Vec<Layer>> {
-        let index: Index = self.json("index.json", MANIFEST, None)?;
+        let index: Index = self.json("index.json", MANIFEST, (None, None))?;
+        self.image(index, name)
+    }
+
+    /// The layers of an image in an index.
+    fn image(&self, index: Index, name: Option<&str>) -> Result<Vec<Layer>> {
         let chosen = self.choose(index, name, DEPTH)?;
         let digest = self.digest(&chosen.digest)?;
-        let manifest: Manifest = self.json(&digest.path(), MANIFEST, Some(&digest))?;
+        let path = self.blobs.manifest_path(&digest);
+        let manifest: Manifest = self.json(&path, MANIFEST, (Some(&digest), chosen.size))?;
         if manifest.layers.len() > LAYERS {
             return Err(self.bad(&digest.path(), format!("has {} layers", manifest.layers.len())));
         }
         let digest = self.digest(&manifest.config.digest)?;
         // What is no container's has a configuration of its own kind.
-        let config: Config = self.json(&digest.path(), CONFIG, Some(&digest))?;
+        let config: Config = self.json(&digest.path(), CONFIG, (Some(&digest), manifest.config.size))?;
         let contents = self.contents(config, manifest.layers.len())?;
         let layers = manifest.layers.iter().zip(contents).map(|(layer, content)| {
             let digest = self.digest(&layer.digest)?;
@@ -224,7 +277,7 @@ impl Finder<'_> {
             }
             let blob = self
                 .blobs
-                .find(&digest.path())
+                .find_sized(&digest.path(), layer.size)
                 .ok_or_else(|| self.bad(&digest.path(), "is missing in the image"))?;
             if layer.size.is_some_and(|size| size != blob.size) {
                 return Err(self
@@ -242,7 +295,7 @@ impl Finder<'_> {
             Some(name) => all.iter().filter(|one| one.is_called(name)).collect(),
             None => all.iter().collect(),
         };
-        let here = json::this_machine();
+        let here = &self.machine;
         let fits = |one: &&&Descriptor| one.platform.as_ref().is_none_or(|platform| platform.is(here));
         let fitting: Vec<&&Descriptor> = named.iter().filter(fits).collect();
         let [chosen] = fitting.as_slice() else {
@@ -261,7 +314,8 @@ impl Finder<'_> {
                 return Err(self.bad("index.json", "leads from index to index too often"));
             };
             let digest = self.digest(&chosen.digest)?;
-            let index: Index = self.json(&digest.path(), MANIFEST, Some(&digest))?;
+            let path = self.blobs.manifest_path(&digest);
+            let index: Index = self.json(&path, MANIFEST, (Some(&digest), chosen.size))?;
             return self.choose(index, None, depth);
         }
         Ok((**chosen).clone())
@@ -269,7 +323,7 @@ impl Finder<'_> {
 
     /// The layers of an image that `docker save` packed in its own way.
     fn saved(&self, name: Option<&str>) -> Result<Vec<Layer>> {
-        let all: Vec<Saved> = self.json("manifest.json", MANIFEST, None)?;
+        let all: Vec<Saved> = self.json("manifest.json", MANIFEST, (None, None))?;
         let called = |one: &&Saved| name.is_none_or(|name| one.is_called(name));
         let chosen: Vec<&Saved> = all.iter().filter(called).collect();
         let [chosen] = chosen.as_slice() else {
@@ -284,7 +338,7 @@ impl Finder<'_> {
         if chosen.layers.len() > LAYERS {
             return Err(self.bad("manifest.json", format!("has {} layers", chosen.layers.len())));
         }
-        let config: Config = self.json(&chosen.config, CONFIG, None)?;
+        let config: Config = self.json(&chosen.config, CONFIG, (None, None))?;
         let contents = self.contents(config, chosen.layers.len())?;
         let layers = chosen.layers.iter().zip(contents).map(|(path, content)| {
             let blob = self.blobs.find(path).ok_or_else(|| self.bad(path, "is missing in the image"))?;

@@ -9,7 +9,7 @@ use super::{Image, Layer};
 use crate::ahead::{Feed, Stream, forward, stream};
 use crate::plan::Gather;
 use crate::tar::{self, NamedAcl};
-use crate::{Error, Progress, Result, compress};
+use crate::{Cancel, Error, Progress, Result, compress};
 
 /// The threads of a layer, and what comes from them.
 pub(super) struct Unpacking<'scope> {
@@ -26,10 +26,10 @@ impl<'scope> Unpacking<'scope> {
         scope: &'scope Scope<'scope, '_>,
         image: &'scope Image,
         layer: &'scope Layer,
-        shown: String,
+        (shown, cancel): (String, Cancel),
     ) -> Unpacking<'scope> {
         let ((feed, stream), (copy, content)) = (stream(), stream());
-        let reader = scope.spawn(move || image.read(layer, &shown, vec![feed, copy]));
+        let reader = scope.spawn(move || image.read(layer, (&shown, &cancel), vec![feed, copy]));
         let digest = scope.spawn(move || of_chunks(content.chunks()));
         Unpacking { layer, stream, reader, digest }
     }
@@ -74,8 +74,13 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 
 impl Image {
     /// Reads and unpacks a layer for `feeds`; the digest of what is stored, where that is packed.
-    fn read(&self, layer: &Layer, shown: &str, feeds: Vec<Feed>) -> Result<Option<io::Result<Digest>>> {
-        let mut reader = self.blobs.open(&layer.blob)?;
+    fn read(
+        &self,
+        layer: &Layer,
+        (shown, cancel): (&str, &Cancel),
+        feeds: Vec<Feed>,
+    ) -> Result<Option<io::Result<Digest>>> {
+        let mut reader = self.blobs.open(&layer.blob, cancel)?;
         let mut start = [0; 6];
         let length = {
             let mut start = &mut start[..];

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::Disk;
 use crate::error::Context;
+use crate::zeros::is_zero;
 use crate::{Error, Progress, Result, Step};
 
 /// Bytes that are copied between looks at a wish to stop.
@@ -113,7 +114,7 @@ fn by_hand(from: &File, to: &File, (start, end): (u64, u64), place: u64) -> io::
     while at < end {
         let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(BUFFER);
         from.read_exact_at(&mut buffer[..length], at)?;
-        if buffer[..length].iter().any(|byte| *byte != 0) {
+        if !is_zero(&buffer[..length]) {
             to.write_all_at(&buffer[..length], place + (at - start))?;
         }
         at += length as u64;

@@ -10,6 +10,8 @@ mod oci;
 mod packed;
 mod properties;
 mod refusals;
+#[cfg(feature = "registry")]
+mod registry;
 mod room;
 mod same;
 mod sample;

@@ -11,7 +11,7 @@ use super::image;
 use super::setting::{MIB, Scratch, build, options};
 
 /// A tar of a layer, made of lines: `d PATH`, `f PATH TEXT`, `l PATH TARGET` (symbolic), `h PATH TARGET` (hard).
-fn layer(lines: &[&str]) -> Vec<u8> {
+pub(crate) fn layer(lines: &[&str]) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     for line in lines {
         let mut words = line.splitn(3, ' ');
@@ -38,7 +38,7 @@ fn layer(lines: &[&str]) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-fn through(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
+pub(crate) fn through(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
     let mut command = Command::new(program);
     let mut child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(input).unwrap();
@@ -47,33 +47,33 @@ fn through(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     String::from_utf8(through("sha256sum", &[], bytes)).unwrap()[..64].to_owned()
 }
 
 /// An OCI layout in a directory.
-struct Layout(PathBuf);
+pub(crate) struct Layout(PathBuf);
 
 impl Layout {
-    fn new(path: PathBuf) -> Layout {
+    pub(crate) fn new(path: PathBuf) -> Layout {
         std::fs::create_dir_all(path.join("blobs/sha256")).unwrap();
         std::fs::write(path.join("oci-layout"), "{\"imageLayoutVersion\": \"1.0.0\"}").unwrap();
         Layout(path)
     }
 
     /// Adds a blob and gives its descriptor.
-    fn blob(&self, kind: &str, bytes: &[u8]) -> Value {
+    pub(crate) fn blob(&self, kind: &str, bytes: &[u8]) -> Value {
         let digest = sha256(bytes);
         std::fs::write(self.0.join("blobs/sha256").join(&digest), bytes).unwrap();
         json!({"mediaType": kind, "digest": format!("sha256:{digest}"), "size": bytes.len()})
     }
 
-    fn json(&self, kind: &str, value: &Value) -> Value {
+    pub(crate) fn json(&self, kind: &str, value: &Value) -> Value {
         self.blob(kind, value.to_string().as_bytes())
     }
 
     /// Adds an image of layers, each compressed in its own way, and gives its manifest's descriptor.
-    fn image(&self, layers: &[Vec<u8>]) -> Value {
+    pub(crate) fn image(&self, layers: &[Vec<u8>]) -> Value {
         let ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", sha256(layer))).collect();
         let stored = layers.iter().enumerate().map(|(number, layer)| match number % 3 {
             0 => self.blob("application/vnd.oci.image.layer.v1.tar+gzip", &through("gzip", &["-n"], layer)),
@@ -88,13 +88,13 @@ impl Layout {
         self.json(kind, &json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": stored}))
     }
 
-    fn index(&self, manifests: &[Value]) {
+    pub(crate) fn index(&self, manifests: &[Value]) {
         let index = json!({"schemaVersion": 2, "manifests": manifests});
         std::fs::write(self.0.join("index.json"), index.to_string()).unwrap();
     }
 }
 
-fn named(mut descriptor: Value, name: &str) -> Value {
+pub(crate) fn named(mut descriptor: Value, name: &str) -> Value {
     descriptor["annotations"] = json!({"org.opencontainers.image.ref.name": name});
     descriptor
 }
@@ -115,7 +115,7 @@ fn built(scratch: &Scratch, source: &str) -> PathBuf {
     path
 }
 
-fn layers() -> Vec<Vec<u8>> {
+pub(crate) fn layers() -> Vec<Vec<u8>> {
     vec![
         layer(&[
             "d etc",
@@ -158,7 +158,7 @@ fn layers() -> Vec<Vec<u8>> {
     ]
 }
 
-fn check(image: &Path) {
+pub(crate) fn check(image: &Path) {
     let read = |path: &str| image::cat(image, path);
     assert_eq!((read("/etc/kept"), read("/etc/replaced")), ("of the first".into(), "new".into()));
     assert_eq!(read("/tree"), "new file of that name");

@@ -140,13 +140,24 @@ proptest! {
         vbd_fs::oci::fuzz(format!("{}{with}{}", &text[..at], &text[at..]).as_bytes());
     }
 
+    /// References, challenges and credentials, and what is nearly one.
     #[test]
-    fn a_source_is_what_it_shows(text in prop_oneof![".*", "(debian|ubuntu|oci|docker-archive)(:[a-z/.:-]{0,9})?", "-"]) {
+    fn what_leads_to_a_registry_is_read_or_refused(
+        text in prop_oneof![
+            "docker://[a-z0-9.:\\[\\]/@_-]{0,30}", "[Bb]earer (realm|scope|service)=[\"a-z:/?&\\\\, =]{0,40}",
+            "\\{\"auths\": \\{\"(docker.io|h)\": \\{\"auth\": \"[a-zA-Z0-9+/=]{0,12}\"\\}\\}\\}",
+        ],
+    ) {
+        vbd_fs::oci::fuzz_registry(text.as_bytes());
+    }
+
+    #[test]
+    fn a_source_is_what_it_shows(text in prop_oneof![".*", "(debian|ubuntu|oci|docker-archive|docker)(:[a-z/.:-]{0,9})?", "-"]) {
         if let Ok(source) = text.parse::<Source>() {
             prop_assert_eq!(source.to_string(), text.clone());
             prop_assert_eq!(text.parse::<Source>().unwrap(), source);
         } else {
-            prop_assert!(text.is_empty() || text.contains('\0') || ["debian:", "ubuntu:", "oci:", "docker-archive:"].iter().any(|prefix| text.starts_with(prefix)));
+            prop_assert!(text.is_empty() || text.contains('\0') || ["debian:", "ubuntu:", "oci:", "docker-archive:", "docker://"].iter().any(|prefix| text.starts_with(prefix)));
         }
     }
 

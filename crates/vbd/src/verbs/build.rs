@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
+use vbd_fs::oci::Machine;
 use vbd_fs::tailor::{CopyIn, Mount, Network, Text, User};
 use vbd_fs::{
     BuildOptions, BuildSpec, Filesystem, ImageSize, JournalSize, Owner, Report, Sharing, Source, Tailor,
@@ -31,8 +32,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE")]
     max_size: Option<Size>,
     /// What to fill it with: a directory, a tar or cpio (plain, gz, xz, zst), a squashfs, - for one of these on standard
-    /// input, debian:SUITE or ubuntu:SUITE, or a container image as oci:DIRECTORY or docker-archive:FILE (and :NAME of
-    /// several)
+    /// input, debian:SUITE or ubuntu:SUITE, or a container image as oci:DIRECTORY docker-archive:FILE (and :NAME of
+    /// several) or docker://NAME:TAG
     #[arg(long, value_name = "SOURCE", allow_hyphen_values = true)]
     from: Source,
     /// Replace an existing file
@@ -128,6 +129,9 @@ struct SourceArgs {
     /// How much to install: essential, apt, minbase, important (the default) or standard
     #[arg(long)]
     variant: Option<Variant>,
+    /// The machine that a container image is for, such as linux/arm64, where there are several; this one otherwise
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Machine>,
 }
 
 #[derive(clap::Args)]
@@ -276,6 +280,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         components: source.components,
         packages: source.packages,
         variant: source.variant,
+        platform: source.platform,
         ..BuildSpec::new(args.from)
     };
     let mut tailor = args.tailor.tailor()?;

@@ -3,26 +3,40 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use vbd_formats::{Format, Repair};
 use vbd_fs::upkeep::{self, Checked, Disk};
 use vbd_image::lease::Mode;
 
+use super::image::ImageArgs;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
 use crate::{Exit, UsageError};
 
-/// Check an image: the partition table, and everything in its ext2, ext3 and ext4 filesystems.
+/// Check an image: of a raw one the partition table, and everything in its ext2, ext3 and ext4 filesystems; of others
+/// (--format) their own structure.
 ///
-/// Exit code 0: nothing is wrong; 1: it is damaged; 2: it could not be checked as asked.
+/// Exit code 0: nothing is wrong; 1: it is damaged; 2: it could not be checked as asked; 3: only room is lost.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The file or block device
     image: PathBuf,
-    /// Repair the filesystems with e2fsck, and check again
-    #[arg(long)]
-    repair: bool,
+    /// Repair and check again: filesystems with e2fsck; of a format's structure `leaks` (give lost room back) or `all`, the
+    /// default
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
+    repair: Option<What>,
     /// Print JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    of: ImageArgs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    /// Lost room
+    Leaks,
+    /// Everything
+    All,
 }
 
 /// What was found, for programs.
@@ -54,14 +68,23 @@ struct ProblemObject {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let mode = if args.repair { Mode::Write } else { Mode::Read };
+    // What cannot be told is not damaged, either.
+    let format = args.of.format(&args.image).map_err(|error| UsageError(error.to_string()))?;
+    if format != Format::Raw {
+        return structure(&args);
+    }
+    if args.repair == Some(What::Leaks) {
+        let message = "--repair=leaks is for formats: a raw image has no room to lose";
+        return Err(UsageError(message.to_owned()).into());
+    }
+    let mode = if args.repair.is_some() { Mode::Write } else { Mode::Read };
     // What cannot be looked at is not damaged: the exit code says which it is.
     let unusable = |error: vbd_fs::Error| UsageError(error.to_string());
     let mut bar = Bar::new(stop_on_signals());
     let mut disk = Disk::open(&args.image, mode).map_err(unusable)?;
     let mut checked = upkeep::check(&disk, &mut bar).map_err(unusable)?;
     let unclean = checked.volumes.iter().any(|(_, report)| !report.is_clean() || !report.notes.is_empty());
-    if args.repair && unclean {
+    if args.repair.is_some() && unclean {
         upkeep::repair(&disk, &mut bar)?;
         drop(disk);
         disk = Disk::open(&args.image, Mode::Read)?;
@@ -75,6 +98,41 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         print(&text(&args.image.display().to_string(), &checked))?;
     }
     if checked.is_clean() { Ok(()) } else { Err(Exit(1).into()) }
+}
+
+/// Checks the structure of a format.
+fn structure(args: &Args) -> anyhow::Result<()> {
+    let spec = args.of.spec(&args.image)?;
+    let repair = args.repair.map(|what| match what {
+        What::Leaks => Repair::Leaks,
+        What::All => Repair::All,
+    });
+    let checked = vbd_formats::check(&spec, repair).map_err(|error| UsageError(error.to_string()))?;
+    if args.json {
+        print_json(&checked)?;
+    } else {
+        let name = args.image.display();
+        let mut text = String::new();
+        let shown = |line: &str| line.replace(char::is_control, "?");
+        for line in checked.findings.iter().chain(&checked.notes) {
+            text += &format!("{name}: {}\n", shown(line));
+        }
+        for line in &checked.repaired {
+            text += &format!("{name}: repaired: {}\n", shown(line));
+        }
+        let what = match (checked.errors, checked.leaks, checked.incomplete) {
+            (0, 0, false) => "clean".to_owned(),
+            (errors, leaks, false) => format!("{errors} errors, {leaks} leaks"),
+            (errors, leaks, true) => format!("{errors} errors, {leaks} leaks, and not looked at any further"),
+        };
+        text += &format!("{name}: {what}\n");
+        print(&text)?;
+    }
+    match (checked.is_clean(), checked.errors, checked.incomplete) {
+        (true, ..) => Ok(()),
+        (false, 0, false) => Err(Exit(3).into()),
+        _ => Err(Exit(1).into()),
+    }
 }
 
 fn object(checked: &Checked) -> Object {

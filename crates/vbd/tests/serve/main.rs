@@ -2,6 +2,7 @@
 
 mod attach;
 mod control;
+mod formats;
 mod harness;
 mod paste;
 mod up;
