@@ -1,16 +1,18 @@
 //! `vbd bitmap`.
 
 use vbd_daemon::control::{BitmapChange, BitmapInfo};
+use vbd_formats::Format;
 use vbd_image::sidecar;
 use vbd_image::size::{Human, Size};
 
+use super::bitmap_qcow2;
 use super::target::{self, Target};
 use crate::UsageError;
 use crate::output::{Table, print, print_json};
 
 /// Dirty bitmaps: which blocks of a disk change. Live where it is served, else in the file.
 ///
-/// Those of a raw image are kept beside it, in IMAGE.vbd-bitmaps.
+/// Those of a raw image are kept beside it, in IMAGE.vbd-bitmaps; those of a qcow2 image in it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -97,6 +99,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 let message = "a temporary bitmap of a file that nobody serves would be gone at once";
                 return Err(UsageError(message.into()).into());
             }
+            let spec = target.spec(&file)?;
+            if spec.format == Format::Qcow2 {
+                return bitmap_qcow2::change(&spec, &change);
+            }
             let open = target.open(&file, false)?;
             vbd_daemon::change_bitmaps(&open.session, &change)?;
         }
@@ -105,7 +111,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn list(target: &target::Args, json: bool) -> anyhow::Result<()> {
-    let bitmaps = match target.find()? {
+    let found = target.find()?;
+    if let Target::File(file) = &found {
+        let spec = target.spec(file)?;
+        if spec.format == Format::Qcow2 {
+            return bitmap_qcow2::list(&spec, json);
+        }
+    }
+    let bitmaps = match found {
         Target::Served(found) => found.client.bitmaps(&found.disk.name)?,
         Target::File(file) => match sidecar::list(&file, size(target, &file)?) {
             Ok(contents) => contents.bitmaps.into_iter().map(|named| describe(&named)).collect(),

@@ -4,6 +4,7 @@ mod attach;
 mod backup;
 mod backups;
 mod bitmap;
+mod bitmap_qcow2;
 mod build;
 mod check;
 mod clone;

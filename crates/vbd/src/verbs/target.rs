@@ -46,6 +46,11 @@ impl Args {
         }
     }
 
+    /// How a file is to be opened.
+    pub(super) fn spec(&self, file: &Path) -> anyhow::Result<ImageSpec> {
+        self.image.spec(file)
+    }
+
     /// Opens a file as a disk with bitmaps.
     pub(super) fn open(&self, file: &Path, read_only: bool) -> anyhow::Result<Open> {
         let spec = ImageSpec { read_only, ..self.image.spec(file)? };
