@@ -41,6 +41,8 @@ pub enum Details {
     Qcow2(Box<Header>),
     /// What a VHD has at its ends.
     Vhd(Box<vbd_vhd::format::Head>),
+    /// What an encrypted disk's header says, for people.
+    Luks(String),
     /// What kind an image of another program is.
     Foreign(&'static str),
 }
@@ -151,13 +153,18 @@ pub(crate) fn read(top: &Path, path: &Path, format: Format, gate: &Gate) -> Resu
         Format::Vmdk => foreign_image(&image, vbd_foreign::Format::Vmdk, plain),
         Format::Vdi => foreign_image(&image, vbd_foreign::Format::Vdi, plain),
         Format::Vhdx => foreign_image(&image, vbd_foreign::Format::Vhdx, plain),
+        Format::Luks => {
+            let header = vbd_luks::Header::read(&image.file)
+                .map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()).of(name()))?;
+            Ok(Link { size: header.data_len(image.size), details: Details::Luks(header.describe()), ..plain })
+        }
     }
 }
 
 /// What an image names as its backing file.
 fn below(top: &Path, link: &Link, gate: &Gate) -> Result<Option<(PathBuf, Format)>> {
     let header = match &link.details {
-        Details::Raw | Details::Foreign(_) => return Ok(None),
+        Details::Raw | Details::Foreign(_) | Details::Luks(_) => return Ok(None),
         Details::Qcow2(header) => header,
         Details::Vhd(head) => return parent(top, link, head, gate),
     };

@@ -101,7 +101,7 @@ pub fn check(spec: &ImageSpec, repair: Option<Repair>) -> Result<Checked> {
                 ..Checked::default()
             })
         }
-        Format::Raw | Format::Vmdk | Format::Vdi | Format::Vhdx => {
+        Format::Raw | Format::Luks | Format::Vmdk | Format::Vdi | Format::Vhdx => {
             let message = format!("{} images have no structure that is checked here", spec.format);
             Err(of(Error::new(ErrorKind::Unsupported, message)))
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use vbd_core::{Error, ErrorKind, Result};
 use vbd_image::size::Size;
+use vbd_luks::Secret;
 use vbd_vhd::create::ParentLink;
 
 use crate::gate::directory_of;
@@ -23,6 +24,8 @@ pub enum Kind {
     Qcow2(Box<vbd_qcow2::CreateOptions>),
     /// A VHD.
     Vhd(VhdKind),
+    /// A disk encrypted with a new key, which this unlocks.
+    Luks(Option<Secret>),
 }
 
 /// How a new VHD is to be.
@@ -59,6 +62,7 @@ impl NewImage {
             Format::Raw => Kind::Raw { preallocate: false },
             Format::Qcow2 => Kind::Qcow2(Box::default()),
             Format::Vhd => Kind::Vhd(VhdKind::default()),
+            Format::Luks => Kind::Luks(None),
             Format::Vmdk | Format::Vdi | Format::Vhdx => {
                 let message = format!("{format} images are read, not made: make a raw, qcow2 or vhd image");
                 return Err(Error::new(ErrorKind::Unsupported, message));
@@ -73,6 +77,7 @@ impl NewImage {
             Kind::Raw { .. } => Format::Raw,
             Kind::Qcow2(_) => Format::Qcow2,
             Kind::Vhd(_) => Format::Vhd,
+            Kind::Luks(_) => Format::Luks,
         }
     }
 
@@ -84,7 +89,7 @@ impl NewImage {
     pub fn backing(&self, path: &Path) -> Result<Option<(PathBuf, Format)>> {
         let shown = || path.display().to_string();
         let (name, format) = match &self.kind {
-            Kind::Raw { .. } => return Ok(None),
+            Kind::Raw { .. } | Kind::Luks(_) => return Ok(None),
             Kind::Qcow2(options) => {
                 let Some(backing) = &options.backing else { return Ok(None) };
                 let format = backing.format.parse::<Format>();
@@ -183,6 +188,7 @@ pub fn create(path: &Path, image: &NewImage) -> Result<()> {
                 Error::new(kind, error.to_string())
             })
         }
+        Kind::Luks(secret) => encrypted(path, image, secret.as_ref()),
         Kind::Vhd(kind) => {
             let mut options = vbd_vhd::create::CreateOptions::new(image.size);
             (options.fixed, options.preallocate, options.replace) =
@@ -192,4 +198,30 @@ pub fn create(path: &Path, image: &NewImage) -> Result<()> {
             vbd_vhd::create(path, &options).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))
         }
     }
+}
+
+/// Makes an encrypted disk: a LUKS header, and behind it as many bytes as the disk is to have.
+fn encrypted(path: &Path, image: &NewImage, secret: Option<&Secret>) -> Result<()> {
+    let shown = || path.display().to_string();
+    let failed = |error| Error::io("cannot write it", error).of(shown());
+    let secret = secret.ok_or_else(|| {
+        let message = "an encrypted disk needs a key: say --key-file FILE";
+        Error::new(ErrorKind::Unsupported, message).of(shown())
+    })?;
+    if image.size == 0 || !image.size.is_multiple_of(512) {
+        let message = format!("{} bytes: an encrypted disk has a multiple of 512", image.size);
+        return Err(Error::new(ErrorKind::Unsupported, message).of(shown()));
+    }
+    let draft = vbd_image::create::Draft::new(path, image.replace)
+        .map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
+    let header = vbd_luks::format(secret, &vbd_luks::FormatOptions::default())
+        .map_err(|error| Error::new(ErrorKind::Io, error.to_string()).of(shown()))?;
+    let file = draft.file();
+    std::os::unix::fs::FileExt::write_all_at(file, &header, 0).map_err(failed)?;
+    let len = image.size.checked_add(header.len() as u64);
+    let len =
+        len.ok_or_else(|| Error::new(ErrorKind::Unsupported, "is larger than a file can be").of(shown()))?;
+    file.set_len(len).map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    draft.publish().map_err(|error| Error::new(ErrorKind::Io, error.to_string()))
 }

@@ -22,6 +22,8 @@ pub enum Format {
     Vdi,
     /// Hyper-V's second format, for reading.
     Vhdx,
+    /// The bytes of the disk, encrypted behind a LUKS header.
+    Luks,
 }
 
 /// A text that names no format that is known here.
@@ -51,8 +53,8 @@ impl std::error::Error for FormatError {}
 
 impl Format {
     /// All that can be opened.
-    pub const ALL: [Format; 6] =
-        [Format::Raw, Format::Qcow2, Format::Vhd, Format::Vmdk, Format::Vdi, Format::Vhdx];
+    pub const ALL: [Format; 7] =
+        [Format::Raw, Format::Qcow2, Format::Vhd, Format::Vmdk, Format::Vdi, Format::Vhdx, Format::Luks];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -63,6 +65,7 @@ impl Format {
             Format::Vmdk => "vmdk",
             Format::Vdi => "vdi",
             Format::Vhdx => "vhdx",
+            Format::Luks => "luks",
         }
     }
 
@@ -74,7 +77,7 @@ impl Format {
     /// What it is to the readers of other programs' images, where it is one of those.
     pub(crate) fn foreign(self) -> Option<vbd_foreign::Format> {
         match self {
-            Format::Raw | Format::Qcow2 | Format::Vhd => None,
+            Format::Raw | Format::Qcow2 | Format::Vhd | Format::Luks => None,
             Format::Vmdk => Some(vbd_foreign::Format::Vmdk),
             Format::Vdi => Some(vbd_foreign::Format::Vdi),
             Format::Vhdx => Some(vbd_foreign::Format::Vhdx),

@@ -8,7 +8,7 @@ use vbd_core::file::{Cache, Faults};
 use vbd_core::{Disk, Error, ErrorKind, Result};
 use vbd_foreign::{Foreign, ForeignOptions};
 use vbd_image::raw::{Raw, RawOptions};
-
+use vbd_luks::{Luks, LuksOptions, Secret};
 use vbd_qcow2::{Qcow2, Qcow2Options};
 use vbd_vhd::{Parent, Vhd, VhdOptions};
 
@@ -36,6 +36,8 @@ pub struct ImageSpec {
     pub lease_wait: Duration,
     /// Which other files it may name.
     pub gate: Gate,
+    /// What unlocks it, where it is encrypted.
+    pub secret: Option<Secret>,
     /// Errors to inject below the channels, for tests.
     pub faults: Option<Arc<dyn Faults>>,
     /// Who keeps the bitmaps of a qcow2 image that is written to: without it they become void.
@@ -47,7 +49,7 @@ impl ImageSpec {
     pub fn new(path: impl Into<PathBuf>, format: Format) -> Self {
         let RawOptions { path, name, read_only, share, cache, keep_space, lease_wait, faults } =
             RawOptions::new(path);
-        let gate = Gate::default();
+        let (gate, secret) = (Gate::default(), None);
         ImageSpec {
             path,
             format,
@@ -58,6 +60,7 @@ impl ImageSpec {
             keep_space,
             lease_wait,
             gate,
+            secret,
             faults,
             bitmaps: None,
         }
@@ -130,6 +133,13 @@ fn one(
     }
     match &link.details {
         Details::Raw => Ok(Raw::new(spec.raw())),
+        Details::Luks(_) => {
+            let secret = spec.secret.clone().ok_or_else(|| {
+                let message = "is encrypted with LUKS: say --key-file FILE (`key-file` in a configuration)";
+                Error::new(ErrorKind::Unsupported, message).of(spec.path.display().to_string())
+            })?;
+            Ok(Luks::new(LuksOptions { inner: Raw::new(spec.raw()), path: spec.path.clone(), secret }))
+        }
         Details::Qcow2(_) => {
             let data_file = link.data_file.as_ref().map(|path| {
                 let disk: Arc<dyn Disk> = Raw::new(RawOptions {

@@ -40,6 +40,11 @@ pub fn measure(source: Option<&ImageSpec>, mut image: NewImage) -> Result<Measur
             let data = if *preallocate { image.size } else { ranges.iter().map(|(_, len)| len).sum() };
             Ok(Measured { required: data, full: image.size })
         }
+        Kind::Luks(_) => {
+            // Zeroes are encrypted too, so all of it is written.
+            let full = image.size + vbd_luks::header_len(&vbd_luks::FormatOptions::default());
+            Ok(Measured { required: full, full })
+        }
         Kind::Vhd(kind) => {
             // Header, footer at both ends, and an entry of the table a block; a block has a bitmap of a bit a sector.
             let block = u64::from(kind.block_size.unwrap_or(2 << 20));

@@ -30,6 +30,16 @@ pub enum KeyBits {
     Bits256,
 }
 
+impl KeyBits {
+    /// Bytes of the key: XTS has two.
+    fn key_len(self) -> usize {
+        match self {
+            KeyBits::Bits128 => 32,
+            KeyBits::Bits256 => 64,
+        }
+    }
+}
+
 /// How to make a header.
 #[derive(Clone, Copy, Debug)]
 pub struct FormatOptions {
@@ -47,16 +57,23 @@ impl Default for FormatOptions {
     }
 }
 
+/// Bytes of a header that [`format`] makes: where the data begins.
+pub fn header_len(options: &FormatOptions) -> u64 {
+    let room = material_len(options).next_multiple_of(MATERIAL_ALIGNMENT);
+    (MATERIAL_ALIGNMENT + SLOTS as u64 * room).next_multiple_of(PAYLOAD_ALIGNMENT)
+}
+
+fn material_len(options: &FormatOptions) -> u64 {
+    (options.key_bits.key_len() as u64 * u64::from(STRIPES)).next_multiple_of(SECTOR)
+}
+
 /// A header with a new key, which this passphrase unlocks: all bytes in front of the data. For a disk they come first;
 /// for a qcow2 image they are what the header extension for encryption points at.
 ///
 /// # Errors
 /// There is no chance to be had, or the iterations are out of bounds.
 pub fn format(secret: &Secret, options: &FormatOptions) -> Result<Vec<u8>, LuksError> {
-    let key_len: usize = match options.key_bits {
-        KeyBits::Bits128 => 32,
-        KeyBits::Bits256 => 64,
-    };
+    let key_len = options.key_bits.key_len();
     let hash = options.hash;
     let mut key = Zeroizing::new(vec![0; key_len]);
     let (mut salts, mut uuid) = ([[0; 32]; 2], [0; 16]);
@@ -69,9 +86,9 @@ pub fn format(secret: &Secret, options: &FormatOptions) -> Result<Vec<u8>, LuksE
     };
     let digest_iterations = (iterations / 8).max(LEAST_ITERATIONS);
 
-    let material_len = (key_len as u64 * u64::from(STRIPES)).next_multiple_of(SECTOR);
+    let material_len = material_len(options);
     let room = material_len.next_multiple_of(MATERIAL_ALIGNMENT);
-    let payload = (MATERIAL_ALIGNMENT + SLOTS as u64 * room).next_multiple_of(PAYLOAD_ALIGNMENT);
+    let payload = header_len(options);
     let mut bytes = vec![0; usize::try_from(payload).expect("small")];
     let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
     put(0, MAGIC);

@@ -96,6 +96,12 @@ impl Header {
         }
     }
 
+    /// Bytes of data on a disk of `below` bytes that the header stands in front of: whole sectors.
+    pub fn data_len(&self, below: u64) -> u64 {
+        let (rest, sector) = (below.saturating_sub(self.payload_offset()), u64::from(self.sector_size()));
+        self.payload_len().map_or(rest, |len| len.min(rest)) / sector * sector
+    }
+
     /// Bytes of a sector.
     pub fn sector_size(&self) -> u32 {
         match &self.0 {

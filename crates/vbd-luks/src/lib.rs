@@ -23,7 +23,7 @@ mod v2;
 pub use cipher::SectorCipher;
 pub use disk::{Luks, LuksOptions};
 pub use error::LuksError;
-pub use format::{FormatOptions, KeyBits, format};
+pub use format::{FormatOptions, KeyBits, format, header_len};
 pub use header::{Header, Unlocked};
 pub use kdf::Hash;
 pub use secret::Secret;

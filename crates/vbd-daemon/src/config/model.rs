@@ -192,6 +192,8 @@ pub struct DiskConfig {
     pub format: Format,
     /// Directories, besides its own, where the image may name files.
     pub allow_dirs: Vec<PathBuf>,
+    /// The file with the key of an encrypted image.
+    pub key_file: Option<PathBuf>,
     /// Who may write.
     pub access: Access,
     /// What a Xen guest calls it.
@@ -237,6 +239,7 @@ impl DiskConfig {
             path: path.into(),
             format: Format::Raw,
             allow_dirs: Vec::new(),
+            key_file: None,
             access: Access::ReadWrite,
             vdev: None,
             xen: None,

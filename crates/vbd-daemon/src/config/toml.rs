@@ -65,6 +65,7 @@ struct DiskTable {
     format: Option<Told<Format>>,
     #[serde(default)]
     allow_dirs: Vec<PathText>,
+    key_file: Option<PathText>,
     access: Option<Told<Access>>,
     vdev: Option<Told<Vdev>>,
     cdrom: Option<bool>,
@@ -217,6 +218,7 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
     Ok(DiskConfig {
         format: table.format.map_or(defaults.format, |format| format.0),
         allow_dirs: table.allow_dirs.into_iter().map(|dir| dir.below(source.file)).collect(),
+        key_file: table.key_file.map(|key| key.below(source.file)),
         access: access.unwrap_or(if cdrom { Access::ReadOnly } else { Access::ReadWrite }),
         vdev: table.vdev.map(|vdev| vdev.0),
         cdrom,

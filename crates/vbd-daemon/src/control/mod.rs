@@ -291,6 +291,8 @@ pub struct NewDisk {
     /// Directories, besides its own, where the image may name files: absolute paths.
     #[serde(default)]
     pub allow_dirs: Vec<PathBuf>,
+    /// The file with the key of an encrypted image: an absolute path.
+    pub key_file: Option<PathBuf>,
     /// `r`, `w` or `w!`.
     pub access: Option<String>,
     /// `none`, `writeback` or `writethrough`.

@@ -11,6 +11,7 @@ use vbd_formats::{Gate, ImageSpec};
 use vbd_image::host;
 use vbd_image::lease::{self, Holder, Mode};
 use vbd_image::{open, probe};
+use vbd_luks::Secret;
 use vbd_ublk::Ending;
 
 use crate::config::{Access, CacheMode, DiskConfig, Format, Limits};
@@ -87,6 +88,9 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
 }
 
 fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
+    let secret = config.key_file.as_deref().map(Secret::from_file).transpose().map_err(|error| {
+        vbd_core::Error::new(vbd_core::ErrorKind::Io, error.to_string()).of(config.path.display().to_string())
+    })?;
     vbd_formats::open_tracked(&ImageSpec {
         name: config.name.clone(),
         read_only: !config.access.is_writable(),
@@ -99,6 +103,7 @@ fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
         keep_space: !config.discard,
         lease_wait: LEASE_WAIT,
         gate: Gate::new(config.allow_dirs.clone()),
+        secret,
         ..ImageSpec::new(&config.path, config.format)
     })
 }
@@ -357,6 +362,10 @@ pub(super) fn config_of(disk: NewDisk) -> Result<DiskConfig, Fault> {
         return Err(in_disk(format!("{}: name the directory by its absolute path", relative.display())));
     }
     config.allow_dirs = disk.allow_dirs;
+    if let Some(relative) = disk.key_file.as_ref().filter(|key| !key.is_absolute()) {
+        return Err(in_disk(format!("{}: name the key file by its absolute path", relative.display())));
+    }
+    config.key_file = disk.key_file;
     config.queues = disk.queues;
     config.serial = disk.serial.unwrap_or(config.serial);
     config.discard = disk.discard.unwrap_or(config.discard);

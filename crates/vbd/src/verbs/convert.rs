@@ -7,7 +7,8 @@ use vbd_formats::{Format, ImageSpec};
 use vbd_image::size::Human;
 use vbd_jobs::{ConvertOptions, Leftover};
 
-use super::image::{GateArgs, KindArgs};
+use super::image::{GateArgs, KeyArgs, KindArgs};
+use crate::UsageError;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
 
@@ -52,6 +53,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    key: KeyArgs,
 }
 
 /// What came of it, for programs.
@@ -64,7 +67,14 @@ struct Object {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let format = super::format_of(&args.source, args.from, "--from")?;
-    let source = ImageSpec { gate: args.gate.gate(), ..ImageSpec::new(&args.source, format) };
+    if args.to == Format::Luks {
+        // What is left out as zeroes would read as noise there.
+        let message =
+            "nothing is converted to luks: convert to raw, then `cryptsetup reencrypt --encrypt` it";
+        return Err(UsageError(message.to_owned()).into());
+    }
+    let secret = args.key.secret()?;
+    let source = ImageSpec { gate: args.gate.gate(), secret, ..ImageSpec::new(&args.source, format) };
     let image = args.kind.image(&args.target, args.to, args.force)?;
     let options = ConvertOptions {
         threads: args.threads.into(),

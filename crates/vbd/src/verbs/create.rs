@@ -6,7 +6,7 @@ use vbd_formats::{Format, Kind};
 use vbd_image::size::Size;
 use vbd_qcow2::{DataFile, Preallocation};
 
-use super::image::{GateArgs, KindArgs};
+use super::image::{GateArgs, KeyArgs, KindArgs};
 use crate::UsageError;
 
 /// Make an empty disk file, sparse unless said otherwise.
@@ -38,6 +38,8 @@ pub(crate) struct Args {
     data_file_raw: bool,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    key: KeyArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -65,6 +67,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             if args.data_file.is_some() {
                 let message = "--data-file is for --format qcow2: a raw file is its own data file";
                 return Err(UsageError(message.to_owned()).into());
+            }
+        }
+        Kind::Luks(secret) => {
+            if args.preallocate.is_some() || args.data_file.is_some() {
+                let message =
+                    "an encrypted disk is not preallocated, and holds its data itself: leave that out";
+                return Err(UsageError(message.to_owned()).into());
+            }
+            *secret = args.key.secret()?;
+            if secret.is_none() {
+                return Err(
+                    UsageError("an encrypted disk needs a key: say --key-file FILE".to_owned()).into()
+                );
             }
         }
         Kind::Vhd(kind) => {

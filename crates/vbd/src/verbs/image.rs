@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use vbd_formats::{Format, Gate, ImageSpec, Kind, NewImage};
 use vbd_image::size::Size;
+use vbd_luks::Secret;
 use vbd_qcow2::format::Compression;
 use vbd_qcow2::{Backing, CreateOptions, Version};
 
@@ -19,6 +20,23 @@ pub(super) struct ImageArgs {
     pub(super) format: Option<Format>,
     #[command(flatten)]
     pub(super) gate: GateArgs,
+    #[command(flatten)]
+    pub(super) key: KeyArgs,
+}
+
+/// What unlocks an encrypted image.
+#[derive(clap::Args)]
+pub(super) struct KeyArgs {
+    /// The file with the key of an encrypted disk (--format luks): all of its bytes; of a descriptor, /dev/fd/N
+    #[arg(long, value_name = "FILE")]
+    pub(super) key_file: Option<PathBuf>,
+}
+
+impl KeyArgs {
+    /// The key, where there is one.
+    pub(super) fn secret(&self) -> anyhow::Result<Option<Secret>> {
+        Ok(self.key_file.as_deref().map(Secret::from_file).transpose()?)
+    }
 }
 
 /// What images may name.
@@ -44,7 +62,8 @@ impl ImageArgs {
     /// The image that is named so.
     pub(super) fn spec(&self, file: &Path) -> anyhow::Result<ImageSpec> {
         let format = self.format(file)?;
-        Ok(ImageSpec { gate: self.gate.gate(), ..ImageSpec::new(file, format) })
+        let secret = self.key.secret()?;
+        Ok(ImageSpec { gate: self.gate.gate(), secret, ..ImageSpec::new(file, format) })
     }
 }
 
@@ -143,7 +162,7 @@ impl KindArgs {
                     None => None,
                 };
             }
-            Kind::Raw { .. } => {
+            Kind::Raw { .. } | Kind::Luks(_) => {
                 self.only_for_qcow2(format)?;
                 let given = [
                     (self.backing.is_some(), "--backing"),

@@ -177,7 +177,7 @@ fn mistakes_have_a_line_a_column_and_a_remedy() {
         ("[[disk]]\npath = '/a'\nformat = 'qed'", "3:10 format `qed` is not supported: `qemu-img convert"),
         (
             "[[disk]]\npath = '/a'\nformat = 'x'",
-            "3:10 unknown format `x`: it is `raw`, `qcow2`, `vhd`, `vmdk`, `vdi` or `vhdx`",
+            "3:10 unknown format `x`: it is `raw`, `qcow2`, `vhd`, `vmdk`, `vdi`, `vhdx` or `luks`",
         ),
         ("[[disk]]\npath = '/a'\naccess = 'x'", "3:10 unknown access `x`: it is `r`, `w`, or `w!`"),
         (

@@ -1,0 +1,117 @@
+//! Encrypted disks through the verbs: made, served, converted from; keys come from files and descriptors only.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{names, refused};
+
+fn vbd(directory: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vbd")).args(arguments).current_dir(directory).output().unwrap()
+}
+
+#[track_caller]
+fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// QEMU's own view of the encrypted file.
+fn qemu_io(directory: &Path, commands: &[&str]) {
+    let image = ["--object", "secret,id=key,file=key", "--image-opts"];
+    let file = "driver=luks,key-secret=key,file.filename=disk";
+    let commands = commands.iter().flat_map(|command| ["-c", command]);
+    let output =
+        Command::new("qemu-io").args(image).arg(file).args(commands).current_dir(directory).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{said}{output:?}");
+}
+
+/// A disk of 4 MiB with its key, and a wrong one.
+fn made() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_owned();
+    fs::write(path.join("key"), "a passphrase").unwrap();
+    fs::write(path.join("wrong"), "another").unwrap();
+    done(&vbd(&path, &["create", "disk", "--format", "luks", "--size", "4M", "--key-file", "key"]));
+    (directory, path)
+}
+
+struct Serving(Child);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn what_is_served_is_what_qemu_reads() {
+    let (_guard, dir) = made();
+    qemu_io(&dir, &["write -P 5 1M 64k"]);
+    let arguments =
+        ["attach", "disk", "--format", "luks", "--key-file", "/dev/stdin", "--nbd", "unix:socket"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vbd"))
+        .args(arguments)
+        .current_dir(&dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"a passphrase").unwrap();
+    let serving = Serving(child);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !dir.join("socket").exists() {
+        assert!(Instant::now() < deadline, "it never served");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let socket = format!("nbd+unix:///disk?socket={}", dir.join("socket").display());
+    let commands = ["-c", "read -P 5 1M 64k", "-c", "write -P 6 100 5000", "-c", "flush"];
+    let output = Command::new("qemu-io").args(["-f", "raw"]).args(commands).arg(socket).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{said}{output:?}");
+    drop(serving);
+    qemu_io(&dir, &["read -P 5 1M 64k", "read -P 6 100 5000"]);
+}
+
+#[test]
+fn what_is_converted_is_what_qemu_wrote() {
+    let (_guard, dir) = made();
+    qemu_io(&dir, &["write -P 5 0 4M", "write -P 6 1M 64k"]);
+    done(&vbd(&dir, &["convert", "disk", "plain", "--from", "luks", "--key-file", "key", "--verify"]));
+    let mut wanted = vec![5; 4 << 20];
+    wanted[1 << 20..][..64 << 10].fill(6);
+    assert!(fs::read(dir.join("plain")).unwrap() == wanted);
+    // Grown, the data is still where it was.
+    done(&vbd(&dir, &["resize", "disk", "--format", "luks", "--key-file", "key", "+1M"]));
+    qemu_io(&dir, &["read -P 6 1M 64k", "write -P 7 4M 1M"]);
+}
+
+#[test]
+fn keys_that_are_missing_or_wrong() {
+    let (_guard, dir) = made();
+    let before = names(&dir);
+    let from = ["convert", "disk", "plain", "--from", "luks"];
+    let convert = |more: &[&str]| vbd(&dir, &[&from[..], more].concat());
+    refused(&convert(&[]), 1, &["disk: is encrypted with LUKS: say --key-file FILE"]);
+    refused(&convert(&["--key-file", "wrong"]), 1, &["disk: the key is wrong: no key slot takes it"]);
+    refused(&convert(&["--key-file", "none"]), 1, &["cannot read the key from none"]);
+    let create = ["create", "new", "--format", "luks", "--size", "1M"];
+    refused(&vbd(&dir, &create), 2, &["an encrypted disk needs a key: say --key-file FILE"]);
+    refused(&vbd(&dir, &[&create[..], &["--backing", "disk"]].concat()), 2, &["--backing is for images"]);
+    let to = ["convert", "disk", "new", "--from", "luks", "--key-file", "key", "--to", "luks"];
+    refused(&vbd(&dir, &to), 2, &["nothing is converted to luks"]);
+    fs::write(dir.join("raw"), vec![0; 1 << 20]).unwrap();
+    refused(
+        &vbd(&dir, &["resize", "raw", "--format", "luks", "--key-file", "key", "2M"]),
+        1,
+        &["not encrypted with LUKS"],
+    );
+    fs::remove_file(dir.join("raw")).unwrap();
+    assert_eq!(names(&dir), before, "nothing is left behind");
+}
