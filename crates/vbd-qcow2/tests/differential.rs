@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imago::FormatDriverBuilder;
-use vbd_core::{Disk, ExtentKind, Flags, Operation, Session};
+use vbd_core::{Disk, ErrorKind, ExtentKind, Flags, Operation, Session};
 use vbd_image::raw::{Raw, RawOptions};
 use vbd_qcow2::{Qcow2, Qcow2Options};
 use vbd_ring::EngineKind;
@@ -158,11 +158,7 @@ impl Case {
         for _ in 0..self.random.below(40) {
             let client = &clients[self.random.index(2)];
             match self.random.below(20) {
-                0 if self.shape.has_snapshots()
-                    && session.live().is_some_and(|live| live.snapshots().is_ok()) =>
-                {
-                    self.snapshot_by_vbd(&session)
-                }
+                0 if self.shape.has_snapshots() => self.snapshot_by_vbd(&session),
                 1 if !self.shape.data_file_raw && self.snapshots.is_empty() => {
                     let size = self.grown();
                     session.grow(size).expect("room");
@@ -367,4 +363,27 @@ fn narrow_refcounts_and_many_snapshots_are_changed_in_turns() {
         };
         Case::new(seed, shape, false).turns(8);
     }
+}
+
+/// What cannot be kept in a refcount is refused, and the image stays as it is.
+#[test]
+fn a_snapshot_too_many_for_the_refcounts_is_refused() {
+    let shape = |_: &mut Random| Shape { refcount_bits: 2, cluster_bits: 12, ..Shape::plain(64 << 10) };
+    let mut case = Case::new(1, shape, false);
+    let session = case.open();
+    let client = Client::on_disk(EngineKind::Auto, &session);
+    client.write(0, vec![5; 8192]);
+    case.model.write(0, 8192).fill(5);
+    let live = session.live().expect("qcow2 has snapshots");
+    // The largest refcount is 3: the disk and two snapshots.
+    for name in ["one", "two"] {
+        live.create_snapshot(name).expect("room");
+        case.snapshots.push((name.into(), case.model.content.clone()));
+    }
+    let refused = live.create_snapshot("three").expect_err("no room in the refcounts");
+    assert!(matches!(refused.kind(), ErrorKind::Unsupported | ErrorKind::NoSpace), "{refused}");
+    client.write(4096, vec![6; 4096]);
+    case.model.write(4096, 4096).fill(6);
+    drop((client, session));
+    case.verify("a refused snapshot");
 }
