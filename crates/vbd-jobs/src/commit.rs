@@ -46,7 +46,7 @@ pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Resu
         ..spec.clone()
     };
     // One disk for both: the image reads from what is written meanwhile, as it hides all of that itself.
-    let disk = vbd_formats::open(&target)?;
+    let disk = vbd_formats::open_tracked(&target)?;
     let target = Image::of(disk.clone())?;
     let image = Image::of(vbd_formats::open_on(&spec.clone().read_only(), Some(disk))?)?;
     if image.size() > target.size() {

@@ -47,6 +47,8 @@ pub struct ConvertOptions {
     pub threads: usize,
     /// Write in the order of the disk, so that the new image holds it in order.
     pub ordered: bool,
+    /// Compress what becomes shorter by it; the image says how. For formats that have that.
+    pub compress: bool,
     /// Read the new image back and compare it with the source.
     pub verify: bool,
     /// What to do with what an interrupted job has left.
@@ -62,6 +64,7 @@ impl ConvertOptions {
             target,
             threads: THREADS,
             ordered: true,
+            compress: false,
             verify: false,
             leftover: Leftover::default(),
             cache: Cache::None,
@@ -98,7 +101,7 @@ pub fn convert(
     create::may_publish(target, image.replace)?;
     let base = base(&image, target, source_spec)?;
     let draft = Draft::new(target);
-    let journal = Journal::new(files, format!("{image:?}"));
+    let journal = Journal::new(files, format!("{image:?}, compressed: {}", options.compress));
     let (done, journal) = draft.begin(journal, options.leftover, &image)?;
     let spec = ImageSpec {
         cache: options.cache,
@@ -107,7 +110,8 @@ pub fn convert(
         ..ImageSpec::new(&draft.path, image.format())
     };
     let fill = || -> Result<u64> {
-        let made = Image::open(&spec)?;
+        // A new image has no bitmaps that would have to see this.
+        let made = Image::of(vbd_formats::open(&spec)?)?;
         let keeper = Keeper::new(&made, &draft, journal);
         let copy = Copy {
             source: &source,
@@ -115,6 +119,7 @@ pub fn convert(
             base: base.as_deref(),
             threads: options.threads,
             ordered: options.ordered,
+            compress: options.compress,
         };
         let written = copy.run(done, progress, &|low| keeper.reached(low)).inspect_err(|_| {
             // What can be kept is kept; the reason is of more interest than whether that worked.

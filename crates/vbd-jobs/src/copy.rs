@@ -1,6 +1,7 @@
 //! Making one disk's content another's.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +11,7 @@ use vbd_core::client::Buffer;
 
 use crate::ranges::{Chunk, Chunks, Turns, each, lock};
 use crate::zeroes::{are_zero, runs};
-use crate::{Progress, Result};
+use crate::{Error, Progress, Result};
 
 /// Bytes that are read and written at once.
 pub(crate) const CHUNK: u64 = 2 << 20;
@@ -29,6 +30,8 @@ pub(crate) struct Copy<'a> {
     pub(crate) threads: usize,
     /// Begin writes in the order of the disk.
     pub(crate) ordered: bool,
+    /// Write what becomes shorter by it compressed.
+    pub(crate) compress: bool,
 }
 
 /// A thread's own memory.
@@ -87,6 +90,13 @@ impl Copy<'_> {
             }
             _ => runs(len, unit, |piece| !are_zero(&data[piece])),
         };
+        if self.compress {
+            self.turn(chunk, turns, || ());
+            for run in &wanted {
+                self.write_compressed(chunk.offset, &own.data, run.clone())?;
+            }
+            return Ok(wanted.iter().map(|run| run.len() as u64).sum());
+        }
         let mut pending = Vec::with_capacity(wanted.len());
         self.turn(chunk, turns, || {
             for run in &wanted {
@@ -102,6 +112,25 @@ impl Copy<'_> {
             result?;
         }
         Ok(wanted.iter().map(|run| run.len() as u64).sum())
+    }
+
+    /// Writes a part of a buffer, of whole units, each compressed where that makes it shorter.
+    fn write_compressed(&self, start: u64, data: &Arc<Buffer>, part: Range<usize>) -> Result<()> {
+        let live = self.target.session().live();
+        let unit = live.and_then(vbd_core::Live::compressed_unit).map(usize::try_from);
+        let (Some(live), Some(Ok(unit))) = (live, unit) else {
+            return Err(Error::Refused("the new image's format has no compression".to_owned()));
+        };
+        let mut at = part.start;
+        while at < part.end {
+            let piece = at..(at + unit).min(part.end);
+            let offset = start + at as u64;
+            if !live.write_compressed(offset, &data[piece.clone()])? {
+                self.target.start_write(offset, data, piece.clone()).wait().1?;
+            }
+            at = piece.end;
+        }
+        Ok(())
     }
 
     /// Runs `work` when it is the chunk's turn, where there is an order.

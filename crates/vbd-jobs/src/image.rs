@@ -17,12 +17,12 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens an image with all that it names.
+    /// Opens an image with all that it names. Where it is written to, its dirty bitmaps see that.
     ///
     /// # Errors
     /// See [`vbd_formats::open`] and [`Disk::open`].
     pub fn open(spec: &ImageSpec) -> Result<Self> {
-        Self::of(vbd_formats::open(spec)?)
+        Self::of(if spec.read_only { vbd_formats::open(spec)? } else { vbd_formats::open_tracked(spec)? })
     }
 
     /// Opens a disk.

@@ -161,6 +161,52 @@ fn images_are_converted_there_and_back() {
 }
 
 #[test]
+fn what_becomes_shorter_is_written_compressed() {
+    let here = Here::new();
+    here.disk("disk");
+    // And what does not.
+    let mut state = 1u64;
+    let noise: Vec<u8> = (0..1 << 20)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .collect();
+    let disk = fs::File::options().write(true).open(here.path("disk")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&disk, &noise, 4 << 20).unwrap();
+    for (how, cluster) in [("zlib", "64K"), ("zstd", "64K"), ("zstd", "4K"), ("zlib", "2M")] {
+        let options = ["--compress", how, "--cluster-size", cluster, "--verify", "--force"];
+        here.ok(&[&["convert", "disk", "one", "--to", "qcow2"], &options[..]].concat());
+        here.equal("disk", "one");
+        let length = fs::metadata(here.path("one")).unwrap().len();
+        assert!(cluster == "2M" || length < 1_700_000, "{how}, {cluster}: {length}");
+        let seen = here.qemu("qemu-img", &["check", "-f", "qcow2", "one"]);
+        assert!(!seen.contains(" 0.00% compressed"), "{seen}");
+    }
+    refused(&here.vbd(&["convert", "disk", "two", "--compress", "zstd"]), 2, &["--to qcow2"]);
+}
+
+#[test]
+fn a_map_shows_the_disk_in_an_image() {
+    let here = Here::new();
+    here.disk("disk");
+    here.ok(&["convert", "disk", "one", "--to", "qcow2"]);
+    here.ok(&["create", "top", "--format", "qcow2", "--backing", "one", "--backing-format", "qcow2"]);
+    for name in ["one", "top"] {
+        let map = here.json(&["map", name, "--format", "qcow2", "--json"]);
+        assert_eq!(map["size"], 8 << 20);
+        let data: Vec<_> =
+            map["extents"].as_array().unwrap().iter().filter(|part| part["state"] == "data").collect();
+        assert_eq!(
+            (&data[0]["start"], &data[0]["length"]),
+            (&(1 << 20).into(), &(5 << 16).into()),
+            "{name}: {map}"
+        );
+        assert_eq!((&data[1]["start"], &data[1]["length"]), (&(7 << 20).into(), &(1 << 20).into()));
+    }
+}
+
+#[test]
 fn comparing_tells_by_its_exit_code() {
     let here = Here::new();
     here.disk("disk");

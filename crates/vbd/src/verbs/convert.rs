@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vbd_formats::{Format, ImageSpec};
+use vbd_formats::{Format, ImageSpec, Kind};
 use vbd_image::size::Human;
 use vbd_jobs::{ConvertOptions, Leftover};
 
-use super::image::{GateArgs, KeyArgs, KindArgs};
+use super::image::{Compress, GateArgs, KeyArgs, KindArgs};
 use crate::UsageError;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
@@ -39,6 +39,9 @@ pub(crate) struct Args {
     /// Write in whatever order is quickest, instead of the disk's
     #[arg(long)]
     unordered: bool,
+    /// Compress what becomes shorter by it: zlib or zstd. For qcow2; such an image is read well, and written to as any other
+    #[arg(long, value_name = "HOW", conflicts_with = "compression")]
+    compress: Option<Compress>,
     /// Read the new image back and compare
     #[arg(long)]
     verify: bool,
@@ -75,10 +78,23 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     let secret = args.key.secret()?;
     let source = ImageSpec { gate: args.gate.gate(), secret, ..ImageSpec::new(&args.source, format) };
-    let image = args.kind.image(&args.target, args.to, args.force)?;
+    let mut image = args.kind.image(&args.target, args.to, args.force)?;
+    match (&mut image.kind, args.compress) {
+        (Kind::Qcow2(options), Some(how)) => {
+            options.compression = how.into();
+            options.validate().map_err(|error| UsageError(error.to_string()))?;
+        }
+        (_, Some(_)) => {
+            return Err(
+                UsageError(format!("--compress is for --to qcow2: {} has nothing of that", args.to)).into()
+            );
+        }
+        _ => {}
+    }
     let options = ConvertOptions {
         threads: args.threads.into(),
         ordered: !args.unordered,
+        compress: args.compress.is_some(),
         verify: args.verify,
         leftover: match (args.resume, args.restart) {
             (true, _) => Leftover::Resume,

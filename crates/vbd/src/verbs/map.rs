@@ -4,13 +4,18 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use vbd_image::map::{Map, State};
+use vbd_core::ExtentKind;
+use vbd_formats::Format;
+use vbd_image::map::{Extent, Map, State};
 use vbd_image::open;
 use vbd_image::size::Human;
+use vbd_jobs::Image;
 
+use super::image::ImageArgs;
 use crate::output::{self, Table};
 
-/// Show which parts of a disk file hold data.
+/// Show which parts of a disk file hold data; of an image of a format, which parts of the disk in it do, in this image or in
+/// those that it stands on.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The file or block device
@@ -21,11 +26,18 @@ pub(crate) struct Args {
     /// Leave out the table of extents
     #[arg(long, conflicts_with = "json")]
     picture: bool,
+    #[command(flatten)]
+    image: ImageArgs,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let image = open::open(&args.file)?;
-    let map = Map::of(&image).with_context(|| format!("{}: cannot map it", args.file.display()))?;
+    let map = match args.image.format {
+        None | Some(Format::Raw) => {
+            Map::of(&image).with_context(|| format!("{}: cannot map it", args.file.display()))?
+        }
+        Some(_) => inside(&args, &image)?,
+    };
     if args.json {
         return output::print_json(&map);
     }
@@ -44,6 +56,26 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     text += &picture(&map, style.columns, style.colour);
     text += &summary(&map);
     output::print(&text).context("standard output")
+}
+
+/// The map of the disk in an image.
+fn inside(args: &Args, image: &open::Image) -> anyhow::Result<Map> {
+    let allocated = std::os::unix::fs::MetadataExt::blocks(&image.file.metadata()?) * 512;
+    let disk = Image::open(&args.image.spec(&args.file)?.read_only())?;
+    let mut map = Map { size: disk.size(), allocated, extents: Vec::new() };
+    disk.parts(0, map.size, |start, length, kind| {
+        let state = match kind {
+            ExtentKind::Data => State::Data,
+            ExtentKind::Zero => State::Preallocated,
+            ExtentKind::Hole => State::Hole,
+        };
+        match map.extents.last_mut() {
+            Some(last) if last.state == state => last.length += length,
+            _ => map.extents.push(Extent { start, length, state, shared: false }),
+        }
+        Ok::<_, vbd_core::Error>(())
+    })?;
+    Ok(map)
 }
 
 fn name(state: State) -> &'static str {
@@ -164,8 +196,6 @@ fn cells(map: &Map, cell: u64) -> Vec<Cell> {
 
 #[cfg(test)]
 mod tests {
-    use vbd_image::map::Extent;
-
     use super::*;
 
     fn map(parts: &[(u64, State)]) -> Map {
