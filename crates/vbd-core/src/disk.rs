@@ -27,7 +27,7 @@ pub struct Geometry {
     pub max_zeroes: u64,
 }
 
-/// What a disk can do. What it cannot is answered with [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported).
+/// What a disk can do. What it cannot is answered with [`ErrorKind::Unsupported`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// Writes are refused.

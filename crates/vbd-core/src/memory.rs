@@ -1,7 +1,7 @@
 //! Memory that O_DIRECT takes, and pieces of requests.
 //!
 //! For whoever reads or writes on a request's behalf: through a [`Buffer`] of its own, or through a part of the
-//! request's pieces ([`slice`]).
+//! request's pieces ([`slice()`]).
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;

@@ -1,6 +1,6 @@
 //! Every image format behind one face.
 //!
-//! A [`Format`] is told, never guessed: a guest can write any format's header into a raw disk. [`open`] makes a disk of
+//! A [`Format`] is told, never guessed: a guest can write any format's header into a raw disk. [`open()`] makes a disk of
 //! an image and of all that it names (backing files, data files), each of which passes a [`Gate`] first. The formats
 //! themselves open nothing but the file they are given.
 

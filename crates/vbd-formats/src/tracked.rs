@@ -9,11 +9,11 @@ use vbd_qcow2::bitmaps::Kept;
 
 use crate::{Format, ImageSpec, open};
 
-/// As [`open`], with dirty bitmaps in front. Those of a raw image in a file are kept beside it, those of a qcow2 image in
+/// As [`open()`], with dirty bitmaps in front. Those of a raw image in a file are kept beside it, those of a qcow2 image in
 /// it; those of others go when the disk is closed.
 ///
 /// # Errors
-/// As [`open`].
+/// As [`open()`].
 pub fn open_tracked(spec: &ImageSpec) -> Result<Arc<dyn Disk>> {
     if spec.format == Format::Qcow2 && !spec.read_only {
         let kept = Kept::new();

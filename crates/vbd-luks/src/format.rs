@@ -57,7 +57,7 @@ impl Default for FormatOptions {
     }
 }
 
-/// Bytes of a header that [`format`] makes: where the data begins.
+/// Bytes of a header that [`format()`] makes: where the data begins.
 pub fn header_len(options: &FormatOptions) -> u64 {
     let room = material_len(options).next_multiple_of(MATERIAL_ALIGNMENT);
     (MATERIAL_ALIGNMENT + SLOTS as u64 * room).next_multiple_of(PAYLOAD_ALIGNMENT)
