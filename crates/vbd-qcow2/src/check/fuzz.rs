@@ -20,7 +20,8 @@ pub fn check_and_repair(bytes: &[u8]) {
     let storage = Memory::new(bytes.to_vec(), ROOM);
     if let Ok(repaired) = repair(&storage, Repair::Leaks, &options) {
         assert!(repaired.after.errors <= report.errors, "{repaired:?}");
-        assert!(repaired.after.leaks == 0 || report.incomplete, "{repaired:?}");
+        // What is damaged otherwise is left alone.
+        assert!(repaired.after.leaks == 0 || report.errors > 0, "{repaired:?}");
     }
     let storage = Memory::new(bytes.to_vec(), ROOM);
     let Ok(repaired) = repair(&storage, Repair::All, &options) else { return };

@@ -86,13 +86,14 @@ fn whole() -> Whole {
     Whole { start: 0, without_refcounts: true }
 }
 
-/// The clusters of a window that are used and in the file: behind its end, where the new structure will be, nothing is.
+/// The clusters of a window that are used and in the file. The last may be missing from it: what takes a part of a cluster
+/// may end behind the end.
 fn in_file<'a, S: Storage + ?Sized>(
     image: &Image<'_, S>,
     counts: &'a Counts,
 ) -> impl Iterator<Item = (u64, u64)> + 'a {
     let window = counts.window();
-    let end = image.layout.clusters(image.length);
+    let end = image.layout.clusters(image.length) + 1;
     counts.used(window.start..window.end.min(end).max(window.start))
 }
 

@@ -64,6 +64,9 @@ pub fn repair<S: Storage + ?Sized>(storage: &S, what: Repair, options: &Options)
             "left the leaks alone: a table could not be followed, so that what nothing was found to use may be in use"
                 .to_owned(),
         ),
+        Repair::Leaks if found.refcounts_damaged => actions.push(
+            "left the leaks alone: the refcount structure is damaged, and has to be repaired first".to_owned(),
+        ),
         Repair::Leaks => recount(&image, Direction { raise: false, lower: true }, options, &mut actions)?,
         Repair::All if before.is_clean() => {}
         Repair::All => all(storage, &before, &found, options, &mut actions)?,
@@ -110,7 +113,12 @@ fn all<S: Storage + ?Sized>(
     }
     drop(image);
     let image = Image::open(storage, &mut Report::new(0))?;
-    mend_flags(&image, &found.overlaps, actions)?;
+    // What lay over the old refcount structure may be in its place alone now.
+    let overlaps = match now.refcounts_damaged {
+        true => look(&image, options, &mut Report::new(0))?.overlaps,
+        false => now.overlaps,
+    };
+    mend_flags(&image, &overlaps, actions)?;
     sync(&image)
 }
 
