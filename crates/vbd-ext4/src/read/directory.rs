@@ -118,7 +118,7 @@ impl Filesystem {
     }
 
     /// The entries of one block.
-    fn parse(&self, bytes: &[u8], place: Place, entries: &mut Vec<DirEntry>) -> Result<()> {
+    pub(super) fn parse(&self, bytes: &[u8], place: Place, entries: &mut Vec<DirEntry>) -> Result<()> {
         let with_type = self.geometry.superblock.has_incompat(incompat::FILETYPE);
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -153,7 +153,7 @@ impl Filesystem {
     }
 
     /// Whether a block of a directory has the right checksum.
-    fn block_is_right(&self, inode: &Inode, number: u64, block: &[u8]) -> bool {
+    pub(super) fn block_is_right(&self, inode: &Inode, number: u64, block: &[u8]) -> bool {
         let Some(seed) = self.geometry.seed.filter(|_| self.verify) else { return true };
         let begin = seed.of_inode(inode.number(), inode.generation());
         if inode.has(flags::INDEX)

@@ -80,6 +80,9 @@ impl Filesystem {
 
     /// The entry of that name.
     fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<Inode>> {
+        if let Some(entry) = self.find_hashed(directory, name) {
+            return self.entry(&entry).map(Some);
+        }
         for entry in self.entries(directory)? {
             let entry = entry?;
             if entry.name == name {

@@ -14,6 +14,7 @@ mod error;
 mod file;
 pub mod fuzz;
 pub(crate) mod geometry;
+mod hashed;
 mod inode;
 pub(crate) mod journal;
 mod lookup;
