@@ -114,15 +114,9 @@ pub struct Request {
     sink: Option<Rc<dyn Sink>>,
     /// How many have put their sink before the front-end's.
     depth: u8,
-    ticket: Option<Ticket>,
-}
-
-/// Lives until the request has come back to whoever had it when the ticket was given.
-struct Ticket {
-    depth: u8,
-    _held: Rc<dyn Any>,
-    /// The one before, where several filters have given one.
-    outer: Option<Box<Ticket>>,
+    /// Kept until the request has come back to the sink at `ticket_depth`.
+    ticket: Option<Rc<dyn Any>>,
+    ticket_depth: u8,
 }
 
 impl Request {
@@ -142,13 +136,14 @@ impl Request {
             sink: Some(sink),
             depth: 0,
             ticket: None,
+            ticket_depth: 0,
         }
     }
 
     /// Sends the request back to its sink.
     pub fn complete(mut self, result: Result<()>) {
-        while let Some(ticket) = self.ticket.take_if(|ticket| ticket.depth >= self.depth) {
-            self.ticket = ticket.outer.map(|outer| *outer);
+        if self.ticket.is_some() && self.ticket_depth >= self.depth {
+            self.ticket = None;
         }
         if let Some(sink) = self.sink.take() {
             sink.complete(self, result);
@@ -174,10 +169,13 @@ impl Request {
     }
 
     /// Keeps `held` until the request comes back to the sink that it has now: it is dropped just before. So a filter
-    /// knows what is under way below it without standing in the way back.
+    /// knows what is under way below it without standing in the way back. Where another filter before this one has done
+    /// that already, both are kept until the request comes back to that one.
     pub(crate) fn keep(&mut self, held: Rc<dyn Any>) {
-        let outer = self.ticket.take().map(Box::new);
-        self.ticket = Some(Ticket { depth: self.depth, _held: held, outer });
+        match self.ticket.take() {
+            None => (self.ticket, self.ticket_depth) = (Some(held), self.depth),
+            Some(earlier) => self.ticket = Some(Rc::new((earlier, held))),
+        }
     }
 }
 
