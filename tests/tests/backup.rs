@@ -194,3 +194,30 @@ fn bitmaps_are_kept_while_served_and_beside_the_file() -> Result<()> {
     ensure!(marked(&file)?.is_empty() && !scratch.path("disk.vbd-bitmaps").exists());
     Ok(())
 }
+
+/// The checkpoint of a qcow2 image lies in it: what QEMU writes between two backups is in the second.
+#[test]
+fn an_incremental_backup_of_a_qcow2_image_has_what_qemu_wrote() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let image = scratch.path("disk.qcow2").display().to_string();
+    let store = scratch.path("store").display().to_string();
+    run_ok("qemu-img", ["create", "-q", "-f", "qcow2", &image, "16M"], LIMIT)?;
+    let write = |command: &str| run_ok("qemu-io", ["-f", "qcow2", &image, "-c", command], LIMIT);
+    write("write -P 1 1M 2M")?;
+    vbd(&scratch, &["backup", &image, &store, "--format", "qcow2", "--checkpoint", "--name", "one"])?;
+    write("write -P 2 5M 64k")?;
+    write("discard 1M 1M")?;
+    let said =
+        vbd(&scratch, &["backup", &image, &store, "--format", "qcow2", "--incremental", "--name", "two"])?;
+    ensure!(said.contains("since one"), "{said}");
+    for format in ["raw", "qcow2"] {
+        let new = scratch.path(format!("new.{format}")).display().to_string();
+        vbd(&scratch, &["restore", &store, &new, "--format", format])?;
+        run_ok("qemu-img", ["compare", "-f", format, "-F", "qcow2", &new, &image], LIMIT)?;
+    }
+    run_ok("qemu-img", ["check", "-f", "qcow2", &image], LIMIT)?;
+    let list = vbd(&scratch, &["bitmap", "list", &image, "--format", "qcow2", "--json"])?;
+    let list: serde_json::Value = serde_json::from_str(&list)?;
+    ensure!(list.as_array().is_some_and(|list| list.len() == 1) && list[0]["marked"] == 0, "{list}");
+    Ok(())
+}

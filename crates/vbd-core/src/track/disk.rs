@@ -210,7 +210,7 @@ impl Session for TrackedSession {
     }
 }
 
-/// Passed on; only going back to a snapshot changes what guests see, all of it.
+/// Passed on; what changes the content without a write is marked all the same.
 impl Live for TrackedSession {
     fn snapshots(&self) -> Result<Vec<Snapshot>> {
         self.inner_live()?.snapshots()
@@ -222,7 +222,7 @@ impl Live for TrackedSession {
 
     fn apply_snapshot(&self, snapshot: &str) -> Result<()> {
         let live = self.inner_live()?;
-        self.track.changes_everywhere(|| live.apply_snapshot(snapshot)).map_err(|error| failed(&error))?
+        self.track.changes(0..u64::MAX, || live.apply_snapshot(snapshot)).map_err(|error| failed(&error))?
     }
 
     fn delete_snapshot(&self, snapshot: &str) -> Result<()> {
@@ -231,6 +231,16 @@ impl Live for TrackedSession {
 
     fn layer(&self, offset: u64, len: u64) -> Result<Vec<LayerExtent>> {
         self.inner_live()?.layer(offset, len)
+    }
+
+    fn compressed_unit(&self) -> Option<u64> {
+        self.inner().live()?.compressed_unit()
+    }
+
+    fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<bool> {
+        let live = self.inner_live()?;
+        let range = offset..offset.saturating_add(data.len() as u64);
+        self.track.changes(range, || live.write_compressed(offset, data)).map_err(|error| failed(&error))?
     }
 }
 

@@ -17,6 +17,7 @@ mod disk;
 mod frozen;
 mod preserve;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -371,15 +372,16 @@ impl Track {
         settled.then(|| self.state().size = size).ok_or(TrackError::Unsettled)
     }
 
-    /// Does what changes the disk's content without writes: every block is marked before and after.
-    fn changes_everywhere<T>(&self, work: impl FnOnce() -> T) -> Result<T, TrackError> {
+    /// Does what changes the content of a range (bytes) without a write: its blocks are marked before and after, and there
+    /// is no instant meanwhile.
+    fn changes<T>(&self, range: Range<u64>, work: impl FnOnce() -> T) -> Result<T, TrackError> {
         let _changing = self.change_lock();
         if self.state().preserve.is_some() {
             return Err(TrackError::Busy);
         }
         let mark = || {
             let config = self.state().config.clone();
-            config.marks.iter().for_each(|bitmap| bitmap.mark_all());
+            config.marks.iter().for_each(|bitmap| bitmap.mark(range.start, range.end - range.start));
         };
         mark();
         let done = work();
