@@ -118,7 +118,8 @@ pub fn convert(
             target: &made,
             base: base.as_deref(),
             threads: options.threads,
-            ordered: options.ordered,
+            // A raw image has its order in itself.
+            ordered: options.ordered && image.format() != Format::Raw,
             compress: options.compress,
         };
         let written = copy.run(done, progress, &|low| keeper.reached(low)).inspect_err(|_| {

@@ -28,7 +28,7 @@ pub(crate) struct Copy<'a> {
     pub(crate) base: Option<&'a Client>,
     /// Threads, and so chunks that are under way at once.
     pub(crate) threads: usize,
-    /// Begin writes in the order of the disk.
+    /// Write in the order of the disk, one chunk at a time; what is compressed is not held up by that.
     pub(crate) ordered: bool,
     /// Write what becomes shorter by it compressed.
     pub(crate) compress: bool,
@@ -97,20 +97,19 @@ impl Copy<'_> {
             }
             return Ok(wanted.iter().map(|run| run.len() as u64).sum());
         }
-        let mut pending = Vec::with_capacity(wanted.len());
+        let mut result = Ok(());
         self.turn(chunk, turns, || {
-            for run in &wanted {
-                pending.push(self.target.start_write(
-                    chunk.offset + run.start as u64,
-                    &own.data,
-                    run.clone(),
-                ));
+            let start = |run: &Range<usize>| {
+                self.target.start_write(chunk.offset + run.start as u64, &own.data, run.clone())
+            };
+            let pending: Vec<_> = wanted.iter().map(start).collect();
+            // All of them end before the next chunk begins: a format takes room for a long write in pieces, and those of
+            // two writes would mix.
+            for pending in pending {
+                result = std::mem::replace(&mut result, Ok(())).and(pending.wait().1.map(|_| ()));
             }
         });
-        let results: Vec<_> = pending.into_iter().map(|pending| pending.wait().1).collect();
-        for result in results {
-            result?;
-        }
+        result?;
         Ok(wanted.iter().map(|run| run.len() as u64).sum())
     }
 

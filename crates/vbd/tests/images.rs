@@ -149,6 +149,12 @@ fn images_are_converted_there_and_back() {
     here.disk("disk");
     here.ok(&["convert", "disk", "one", "--to", "qcow2"]);
     here.equal("disk", "one");
+    // In the disk's order: with each run of data in one run of the file.
+    let map: Value =
+        serde_json::from_str(&here.qemu("qemu-img", &["map", "--output=json", "-f", "qcow2", "one"]))
+            .unwrap();
+    let offsets: Vec<_> = map.as_array().unwrap().iter().filter_map(|part| part["offset"].as_u64()).collect();
+    assert!(offsets.len() == 2 && offsets.is_sorted(), "{map}");
     here.ok(&["convert", "one", "two", "--from", "qcow2", "--to", "vhd"]);
     let seen = here.qemu("qemu-img", &["compare", "-f", "raw", "-F", "vpc", "disk", "two"]);
     assert!(seen.contains("identical"), "{seen}");
