@@ -282,3 +282,94 @@ fn clusters_written_compressed_by_several_threads() {
         );
     }
 }
+
+/// What the process does that is killed: writes and says so, without a flush.
+const KILLED: &str = "VBD_TEST_KILLED";
+
+#[test]
+fn writes_that_a_killed_process_completed_are_there() {
+    if let Ok(path) = std::env::var(KILLED) {
+        return write_until_killed(Path::new(&path));
+    }
+    for seed in seeds(6) {
+        let mut random = Random::new(seed);
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        let path = dir.path().join("image.qcow2");
+        let cluster_bits = *random.one_of(&[9, 12, 16]);
+        let extended_l2 = cluster_bits == 16 && random.once_in(2);
+        Shape { cluster_bits, extended_l2, ..Shape::plain(KILLED_SIZE) }.create(&path, None);
+        // Once more, over what the first has left.
+        for round in 0..2 {
+            let mut child = std::process::Command::new(std::env::current_exe().expect("this program"))
+                .args(["--exact", "writes_that_a_killed_process_completed_are_there", "--nocapture"])
+                .env(KILLED, &path)
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .expect("a process");
+            let said = std::io::BufReader::new(child.stdout.take().expect("piped"));
+            let wanted = 1 + random.index(120);
+            let lines = std::io::BufRead::lines(said).map_while(Result::ok);
+            let done =
+                lines.filter_map(|line| line.strip_prefix("done ")?.parse::<u64>().ok()).take(wanted).last();
+            child.kill().expect("killed");
+            child.wait().expect("ended");
+            let done = done.expect("at least one");
+            let session = Qcow2::new(Qcow2Options::new(&path)).open().expect("an image that can be opened");
+            let client = Client::on_disk(EngineKind::Auto, &session);
+            let mut model = vec![0; KILLED_SIZE as usize];
+            for write in 0..=done {
+                let (offset, data) = killed_write(write);
+                model[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
+            }
+            let now = client.read(0, KILLED_SIZE);
+            for (sector, (now, old)) in now.chunks(512).zip(model.chunks(512)).enumerate() {
+                // Those after the last that it said may be there too.
+                let later = (done + 1..done + 400).any(|write| {
+                    let (offset, data) = killed_write(write);
+                    let from = sector as u64 * 512;
+                    offset <= from
+                        && from < offset + data.len() as u64
+                        && data[(from - offset) as usize..][..512] == *now
+                });
+                let earlier = round > 0;
+                assert!(
+                    now == old || later || earlier,
+                    "seed {seed}, round {round}: sector {sector} is lost"
+                );
+            }
+            drop((client, session));
+            let found = qemu::check(&path);
+            assert!(found.errors == 0, "seed {seed}: {found:?}");
+            let names: Vec<_> = std::fs::read_dir(dir.path())
+                .expect("readable")
+                .flatten()
+                .map(|entry| entry.file_name())
+                .collect();
+            assert_eq!(names, ["image.qcow2"], "left behind");
+        }
+    }
+}
+
+const KILLED_SIZE: u64 = 3 << 20;
+
+/// A write by its number.
+fn killed_write(number: u64) -> (u64, Vec<u8>) {
+    let mut random = Random::new(number);
+    let len = (1 + random.below(16)) * 512;
+    let offset = random.below((KILLED_SIZE - len) / 512) * 512;
+    (offset, vec![number as u8 | 1; len as usize])
+}
+
+fn write_until_killed(path: &Path) {
+    let session = Qcow2::new(Qcow2Options::new(path)).open().expect("an image");
+    let clients: Vec<Client> = (0..2).map(|_| Client::on_disk(EngineKind::Auto, &session)).collect();
+    for number in 0..100_000 {
+        let (offset, data) = killed_write(number);
+        let client = &clients[(number % 2) as usize];
+        client.write(offset, data);
+        if number % 37 == 36 {
+            assert!(client.ask(Ask::new(Operation::Flush, 0, 0)).result.is_ok());
+        }
+        println!("done {number}");
+    }
+}

@@ -34,8 +34,10 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1;
     /// The external data file reads as a raw image.
     pub const RAW_DATA: u64 = 1 << 1;
+    /// There are notes beside the image of changes that are not in it yet. This program's own: others clear it.
+    pub const NOTES: u64 = 1 << 63;
     /// All that are known here.
-    pub const KNOWN: u64 = BITMAPS | RAW_DATA;
+    pub const KNOWN: u64 = BITMAPS | RAW_DATA | NOTES;
 }
 
 /// Offsets of fields in the header, for those that are changed in place.

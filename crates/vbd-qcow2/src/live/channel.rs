@@ -260,7 +260,11 @@ impl Qcow2Channel {
     /// Makes what a request has changed durable, where it asks for that.
     pub(super) async fn made_durable(&self, request: &Request) -> Result<()> {
         let always = self.image.cache == vbd_core::file::Cache::Writethrough;
-        if request.flags.fua || always { self.image.commit(&self.io).await } else { Ok(()) }
+        if request.flags.fua || always || self.image.log.state().broken {
+            self.image.commit(&self.io).await
+        } else {
+            Ok(())
+        }
     }
 
     /// The active L1 table as this channel knows it.

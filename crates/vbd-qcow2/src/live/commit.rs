@@ -145,9 +145,11 @@ impl Image {
         let progress = &self.progress;
         let changes = progress.changes.load(Ordering::SeqCst);
         let tickets = progress.tickets.load(Ordering::SeqCst);
+        let notes = self.log.mark();
         let result = self.carry_out(io, &turn).await;
         match result {
             Ok(()) => {
+                self.log.committed(notes);
                 progress.durable.store(changes, Ordering::SeqCst);
                 progress.served.store(tickets, Ordering::SeqCst);
                 drop(turn);
@@ -240,9 +242,11 @@ impl Image {
 
     /// Starts a commit where so much has changed that the next flush would take long, or memory is short.
     pub(super) fn commit_if_much(self: &Arc<Self>, io: &Io) {
+        // Not with the other lock held: whoever notes takes it second.
+        let long = self.log.is_long();
         let much = {
             let pending = self.pending();
-            pending.freed.len() > MANY_FREED || pending.tables.len() > self.tables.bound()
+            long || pending.freed.len() > MANY_FREED || pending.tables.len() > self.tables.bound()
         };
         if !much || self.progress.started.swap(true, Ordering::SeqCst) {
             return;

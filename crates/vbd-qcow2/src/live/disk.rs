@@ -114,9 +114,13 @@ impl Qcow2 {
         let backing = options.backing.as_ref().map(|disk| disk.open()).transpose()?;
         let place = Place { backend: backend.clone(), data_file: data_file.clone(), owner: Arc::new(()) };
         let opening = Opening { options: options.clone(), backend, data_file, backing };
-        let image = service::run(place, move |io| async move { opening.open(&io).await });
+        let image = service::run(place, move |io| async move {
+            let image = Arc::new(opening.open(&io).await?);
+            image.replay(&io).await?;
+            Ok(image)
+        });
         let image = image.map_err(|error| error.of(options.label()))?;
-        Ok(Qcow2Session::new(Arc::new(image), self.shared.clone(), options.bitmaps.clone(), lease))
+        Ok(Qcow2Session::new(image, self.shared.clone(), options.bitmaps.clone(), lease))
     }
 }
 
@@ -203,12 +207,12 @@ struct Opening {
 
 impl Opening {
     async fn open(self, io: &Io) -> Result<Image> {
-        let header = self.header(io).await?;
+        let mut header = self.header(io).await?;
         self.refuse(&header)?;
         let layout = header.layout();
         let write = !self.options.read_only;
         if write {
-            self.prepare(io, &header).await?;
+            self.prepare(io, &mut header).await?;
         }
         let l1 = self.entries(io, "the L1 table", header.l1_offset, header.l1_bytes()).await?;
         let mut table = Vec::new();
@@ -254,6 +258,7 @@ impl Opening {
         let counts = Counts::new(layout, table, header.refcount_table_offset, metadata, known);
         Ok(Image::new(Parts {
             label: self.options.label(),
+            path: self.options.path.clone(),
             header,
             backend: self.backend,
             read_only: self.options.read_only,
@@ -309,7 +314,7 @@ impl Opening {
     }
 
     /// Makes an image ready to be written to.
-    async fn prepare(&self, io: &Io, header: &Header) -> Result<()> {
+    async fn prepare(&self, io: &Io, header: &mut Header) -> Result<()> {
         let end =
             whole_blocks(&self.backend, self.backend.size().next_multiple_of(header.layout().cluster_size()));
         if end != self.backend.size() && !self.backend.is_block_device() {
@@ -324,7 +329,7 @@ impl Opening {
             data.grow(header.size.next_multiple_of(512))?;
         }
         // What is not known here, or not kept, is not true any more once the image is written to.
-        let mut kept = header.autoclear & autoclear::RAW_DATA;
+        let mut kept = header.autoclear & (autoclear::RAW_DATA | autoclear::NOTES);
         if let Some(bitmaps) = &self.options.bitmaps {
             let file = beside(&self.backend).map_err(|error| Error::io("cannot be opened again", error))?;
             if bitmaps.begin(&file, header) {
@@ -336,6 +341,7 @@ impl Opening {
             buffer.bytes_mut().copy_from_slice(&kept.to_be_bytes());
             io.write(at::FEATURES + 16, buffer, Arc::new(())).await?;
             io.sync().await?;
+            header.autoclear = kept;
         }
         Ok(())
     }

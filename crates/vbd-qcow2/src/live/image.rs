@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +15,7 @@ use super::compress::Rest;
 use super::counts::{Counts, Run};
 use super::grace::Members;
 use super::io::{Io, bytes, corrupt};
+use super::log::{Log, Note};
 use super::map::{Entry, L1, Registry, Span, Table, index_of, span};
 use crate::format::{Cluster, Compression, Header, L1Entry, Layout, at, incompatible};
 
@@ -41,6 +43,12 @@ pub(super) struct Image {
     pub(super) members: Arc<Members>,
     pub(super) pending: Mutex<Pending>,
     pub(super) progress: super::commit::Progress,
+    /// Notes of what a process that is killed would take with it, and whether they were begun or given up.
+    pub(super) log: Log,
+    pub(super) log_started: AtomicBool,
+    pub(super) log_starting: Arc<RangeLocks>,
+    /// The image's file.
+    pub(super) path: PathBuf,
     /// Held by whoever looks for room for compressed data.
     pub(super) packing: Arc<RangeLocks>,
     pub(super) rest: Mutex<Rest>,
@@ -67,6 +75,7 @@ pub(super) struct Pending {
 /// What an image is made of when it is opened.
 pub(super) struct Parts {
     pub(super) label: String,
+    pub(super) path: PathBuf,
     pub(super) header: Header,
     pub(super) backend: Arc<Backend>,
     pub(super) read_only: bool,
@@ -106,6 +115,10 @@ impl Image {
             members: Arc::default(),
             pending: Mutex::default(),
             progress: super::commit::Progress::default(),
+            log: Log::default(),
+            log_started: AtomicBool::new(parts.read_only),
+            log_starting: Arc::default(),
+            path: parts.path,
             packing: Arc::default(),
             rest: Mutex::default(),
         }
@@ -284,6 +297,11 @@ impl Image {
         inside.then(|| format!("it leads to {from:#x}, where the image has a table of its own"))
     }
 
+    /// Whether an entry is one that no correct image has.
+    pub(super) fn is_faulty(&self, entry: Entry) -> bool {
+        self.fault(entry, &self.counts.state().metadata).is_some()
+    }
+
     /// An error where an entry is one that no correct image has.
     pub(super) fn check_entry(&self, io: &Io, entry: Entry, offset: u64) -> Result<()> {
         let fault = self.fault(entry, &self.counts.state().metadata);
@@ -311,6 +329,9 @@ impl Image {
 
     /// The table that maps an offset, made or moved so that it may be changed.
     pub(super) async fn own_table(&self, io: &Io, l1: &L1, offset: u64) -> Result<Arc<Table>> {
+        if !self.log_started.load(Ordering::Acquire) {
+            self.start_log(io).await;
+        }
         let index = offset >> self.layout.l2_span_bits();
         if l1.get(index).copied()
             && let Some(table) = self.tables.get(index)
@@ -336,14 +357,17 @@ impl Image {
         {
             // At once for commits: one that found the table without its place would write it where it is not, and one that
             // found the place without its table would write an entry that leads nowhere yet.
+            let mut log = self.log.state();
             let mut pending = self.pending();
+            let entry = L1Entry::new(start << self.layout.cluster_bits, true);
+            log.note([Note::Table { index, entry: entry.0, old: old.offset() }].into_iter());
             if !fresh {
                 (0..table.pieces()).for_each(|piece| table.dirty.mark(piece));
                 if !table.listed.swap(true, Ordering::SeqCst) {
                     pending.tables.push(table.clone());
                 }
             }
-            l1.set(index, L1Entry::new(start << self.layout.cluster_bits, true));
+            l1.set(index, entry);
             pending.l1.insert(index, !fresh);
             if old.offset() != 0 {
                 pending.freed.push(old.offset() >> self.layout.cluster_bits);
@@ -362,6 +386,16 @@ impl Image {
 
     /// Sets entries from `first` on. The caller holds their clusters and owns the table.
     pub(super) fn set_entries(&self, table: &Arc<Table>, first: usize, entries: &[Entry]) {
+        // Until they are set and marked, no commit says that what is noted is durable.
+        let mut log = self.log.state();
+        let cluster = (table.index << self.layout.l2_bits()) + first as u64;
+        // Compressed clusters come from tools, which do not go on when they are killed.
+        let guests = entries.iter().zip(cluster..).filter(|(entry, _)| !entry.cluster.is_compressed());
+        let note = |(entry, cluster): (&Entry, u64)| Note::Entry {
+            cluster,
+            entry: (entry.cluster.0, entry.parts.0),
+        };
+        log.note(guests.map(note));
         for (at, entry) in entries.iter().enumerate() {
             table.set(&self.layout, first + at, *entry);
         }

@@ -135,9 +135,16 @@ impl Session for Qcow2Session {
         Ok(())
     }
 
-    /// Where a new cluster is, is in memory alone until a commit.
+    /// Where a new cluster is, is in memory alone until a commit; but it is noted beside the image, where that can be.
     fn keeps_unflushed(&self) -> bool {
-        self.image.read_only || !self.image.backend.capabilities().write_cache
+        if self.image.read_only || !self.image.backend.capabilities().write_cache {
+            return true;
+        }
+        let noted = self.run(|image, io| async move {
+            image.start_log(&io).await;
+            Ok(image.log.is_on())
+        });
+        noted.unwrap_or(false)
     }
 
     fn live(&self) -> Option<&dyn Live> {
@@ -188,6 +195,7 @@ impl Image {
             }
             self.reclaim(io, Freed::new(self, clusters)).await?;
         }
-        self.trim(io).await
+        self.trim(io).await?;
+        self.end_log(io).await
     }
 }

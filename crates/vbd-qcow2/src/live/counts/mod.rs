@@ -100,6 +100,17 @@ impl State {
         self.dirty.insert(number);
     }
 
+    /// Counts a cluster that is in use, if it is not counted; false where it cannot be.
+    pub(super) fn use_again(&mut self, cluster: u64) -> bool {
+        if !self.is_loaded(cluster) {
+            return false;
+        }
+        if self.count(cluster) == 0 {
+            self.set(cluster, 1);
+        }
+        true
+    }
+
     /// Takes up to `want` clusters that follow each other.
     fn take(&mut self, want: u64) -> Option<Run> {
         let run = self.pool.front_mut()?;
