@@ -112,7 +112,8 @@ impl Run {
                 let name = format!("snapshot {}", self.snapshots.len());
                 live.create_snapshot(&name).expect("created");
                 let since = self.recording.tick();
-                // As recorded: two writes to a sector at the same time may come in either order, and the recording has one.
+                // As recorded: two writes to a sector at the same time may come in either order, and every state of the recording has
+                // the same.
                 let _ = client.read(0, self.files.shape.size);
                 let files = self.recording.crash(since, Cut::Everything, random);
                 let data = files.get(1).map(|data| &data[..]);
@@ -142,7 +143,15 @@ impl Run {
             let content = image.content_of(snapshot.l1, snapshot.size, &below, None)?;
             match made {
                 Some(made) if made.content != content => {
-                    return Err(format!("snapshot {} has changed", snapshot.name));
+                    let sectors = (0..).zip(made.content.chunks(SECTOR).zip(content.chunks(SECTOR)));
+                    let changed: Vec<_> = sectors
+                        .filter(|(_, (was, is))| was != is)
+                        .map(|(sector, (was, is))| (sector, stamp_of(sector, was), stamp_of(sector, is)))
+                        .collect();
+                    return Err(format!(
+                        "snapshot {}, made by {}, has changed; sectors with what was and what is there: {changed:x?}",
+                        snapshot.name, made.since
+                    ));
                 }
                 Some(_) => {}
                 None => return Err(format!("snapshot {} was never made", snapshot.name)),

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vbd_ext4::format::superblock::incompat;
 use vbd_ext4::read::{Filesystem, Options};
@@ -18,7 +18,7 @@ const PIECE: u64 = 1 << 30;
 /// What came of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Compacted {
-    /// Bytes that were data and nothing used.
+    /// Bytes of storage that were given back.
     pub punched: u64,
     /// Bytes of storage that the file had before.
     pub before: u64,
@@ -45,17 +45,17 @@ pub fn compact(disk: &Disk, progress: &mut dyn Progress) -> Result<Compacted> {
     }
     let total = free.iter().map(|range| range.end - range.start).sum();
     progress.step(Step::Write, Some(total));
-    let mut punched = 0;
     // Parts of the storage's blocks would only be written over with zeros.
     let block = disk.file.metadata().at("look at", &disk.path)?.blksize().max(512);
     for range in free {
         let inner = range.start.next_multiple_of(block)..range.end / block * block;
-        punched += punch(disk, &inner, progress)?;
+        punch(disk, &inner, progress)?;
         progress.advance(range.end - range.start);
     }
     progress.step(Step::Sync, None);
     disk.file.sync_all().at("flush", &disk.path)?;
-    Ok(Compacted { punched, before, after: allocated()? })
+    let after = allocated()?;
+    Ok(Compacted { punched: before.saturating_sub(after), before, after })
 }
 
 /// The bytes of the file that a filesystem has and does not use.
@@ -81,27 +81,16 @@ fn unused(disk: &Disk, volume: &Volume, progress: &mut dyn Progress) -> Result<V
     Ok(ranges.into_iter().map(|range| volume.start + range.start..volume.start + range.end).collect())
 }
 
-/// Makes a hole of a range, where the file has data in it; how many bytes that were.
-fn punch(disk: &Disk, range: &std::ops::Range<u64>, progress: &mut dyn Progress) -> Result<u64> {
-    let file = disk.file.as_fd();
+/// Makes a hole of a range, whatever of it is one already: space that is set aside and was never written is given back
+/// too, which cannot be told from a hole by asking where data is.
+fn punch(disk: &Disk, range: &std::ops::Range<u64>, progress: &mut dyn Progress) -> Result<()> {
     let mut at = range.start;
-    let mut punched = 0;
     while at < range.end {
-        let data = match seek(file, SeekFrom::Data(at)) {
-            Ok(data) if data < range.end => data.max(at),
-            Ok(_) | Err(Errno::NXIO) => break,
-            Err(error) => return Err(error).at("look for data in", &disk.path),
-        };
-        let hole =
-            seek(file, SeekFrom::Hole(data)).at("look for holes in", &disk.path)?.clamp(data, range.end);
-        let end = hole.min(data + PIECE);
-        if end == data {
-            break;
-        }
+        let end = range.end.min(at + PIECE);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(file, flags, data, end - data) {
-            Ok(()) => punched += end - data,
-            Err(Errno::INTR) => continue,
+        match fallocate(disk.file.as_fd(), flags, at, end - at) {
+            Ok(()) => at = end,
+            Err(Errno::INTR) => {}
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                 let reason = "its filesystem knows no holes";
                 return Err(Error::Inside(format!("{}: {reason}", disk.path.display())));
@@ -112,7 +101,6 @@ fn punch(disk: &Disk, range: &std::ops::Range<u64>, progress: &mut dyn Progress)
             // What is a hole by now is one that may be.
             return Err(Error::Stopped);
         }
-        at = end;
     }
-    Ok(punched)
+    Ok(())
 }

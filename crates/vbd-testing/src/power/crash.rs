@@ -66,10 +66,11 @@ impl Recording {
         let mut order: Vec<(Instant, u64, usize)> = happened
             .iter()
             .map(|&(index, entry)| {
-                // Changes that overlapped in time may have come in either order.
+                // Changes that overlapped in time may have come in either order, but only in one: the same in every state.
                 let end = entry.ended.map_or(at, |(ended, _)| ended.min(at));
-                let instant = entry.begun + random.index(end - entry.begun + 1);
-                (instant, random.next_u64(), index)
+                let mut choice = Random::new((index as u64) << 48 ^ (entry.begun as u64) << 24 ^ end as u64);
+                let instant = entry.begun + choice.index(end - entry.begun + 1);
+                (instant, choice.next_u64(), index)
             })
             .collect();
         order.sort_unstable();
