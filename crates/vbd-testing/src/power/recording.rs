@@ -91,11 +91,12 @@ impl Recording {
         self.log().entries.iter().all(|entry| entry.ended.is_some())
     }
 
-    /// Changes of one place of one file that were under way at the same time, of which at least one frees or zeroes it: what
-    /// is there afterwards is chance. Of writes alone, a guest may have made them so.
+    /// Changes of one place of one file that were under way at the same time, a write and one that frees or zeroes it: what
+    /// is there afterwards is chance. Of writes alone, a guest may have made them so; two that zero it leave zeroes in
+    /// whatever order.
     pub fn collisions(&self) -> Vec<String> {
         self.collide(|one, other| {
-            matches!(one.change, Change::Space { .. }) || matches!(other.change, Change::Space { .. })
+            matches!(one.change, Change::Space { .. }) != matches!(other.change, Change::Space { .. })
         })
     }
 
