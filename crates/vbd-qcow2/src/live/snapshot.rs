@@ -337,6 +337,8 @@ impl Image {
             let first = header.snapshots_offset >> self.layout.cluster_bits;
             let clusters = (first..first + self.layout.clusters(old_len)).collect();
             self.reclaim(io, Freed::new(self, clusters)).await?;
+            // Where no flag changes either, this alone is left for the end of the session to write.
+            self.progress.changed();
         }
         Ok(())
     }
