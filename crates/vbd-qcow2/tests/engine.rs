@@ -286,6 +286,29 @@ fn clusters_written_compressed_by_several_threads() {
 /// What the process does that is killed: writes and says so, without a flush.
 const KILLED: &str = "VBD_TEST_KILLED";
 
+/// Programs leave free clusters at the end of a file as they were.
+#[test]
+fn what_lies_behind_the_last_cluster_is_not_seen_again() {
+    for cluster_bits in [9, 12, 16] {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+        let path = dir.path().join("image.qcow2");
+        let shape = Shape { cluster_bits, ..Shape::plain(1 << 20) };
+        shape.create(&path, None);
+        let mut file = std::fs::File::options().append(true).open(&path).expect("there");
+        let end = file.metadata().expect("there").len().next_multiple_of(1 << cluster_bits);
+        file.set_len(end).expect("room");
+        std::io::Write::write_all(&mut file, &vec![0xaa; 3 << 20]).expect("room");
+        let session = Qcow2::new(Qcow2Options::new(&path)).open().expect("an image");
+        let client = Client::on_disk(EngineKind::Auto, &session);
+        let mut model = vec![0; 1 << 20];
+        for at in (512..1 << 20).step_by(100 << 10) {
+            client.write(at as u64, vec![7; 512]);
+            model[at..at + 512].fill(7);
+        }
+        assert!(client.read(0, 1 << 20) == model, "clusters of {} bytes", 1 << cluster_bits);
+    }
+}
+
 #[test]
 fn writes_that_a_killed_process_completed_are_there() {
     if let Ok(path) = std::env::var(KILLED) {

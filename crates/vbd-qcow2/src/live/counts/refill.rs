@@ -127,6 +127,7 @@ impl Image {
         if count < taken + need {
             return Err(no_room("the block device has no room left; grow the volume"));
         }
+        let there = self.file_end() / size;
         if !self.backend.is_block_device() && end > self.backend.size() {
             let (backend, end) = (self.backend.clone(), self.whole_blocks(end));
             io.local.unblock(move || backend.grow(end)).await?;
@@ -135,10 +136,17 @@ impl Image {
             let added = Added { image: self, structures: &structures, done: false };
             self.add_structures(io, added).await?;
         }
+        let run = Run { start: start + taken, count: count - taken, zeroed: false };
+        // What the file had already behind its last cluster may hold anything; the rest is new and reads as zeroes.
+        let old = Run { count: run.count.min(there.saturating_sub(run.start)), ..run };
+        let zeroed = match old.count {
+            _ if self.backend.is_block_device() => false,
+            0 => true,
+            _ => self.give_space_back(io, old).await?,
+        };
         let mut state = self.counts.state();
         state.end = Some(start + count);
-        let zeroed = !self.backend.is_block_device();
-        state.give(Run { start: start + taken, count: count - taken, zeroed });
+        state.give(Run { zeroed, ..run });
         Ok(())
     }
 
@@ -232,7 +240,7 @@ impl Drop for Added<'_> {
 
 impl State {
     /// The runs of free clusters in a range of one block, which counts as looked at from now on.
-    fn free_runs(&mut self, first: u64, end: u64) -> Vec<Run> {
+    pub(super) fn free_runs(&mut self, first: u64, end: u64) -> Vec<Run> {
         self.scanned += 1;
         let mut runs: Vec<Run> = Vec::new();
         if !self.is_loaded(first) {
