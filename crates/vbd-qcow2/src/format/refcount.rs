@@ -1,5 +1,7 @@
 //! Reference counts: blocks of them, and the table of the blocks ("Host cluster management").
 
+use std::ops::Range;
+
 use super::{Error, Layout, Malformed, Result, be16, be32, be64};
 
 /// The width of a reference count: 1 to 64 bits, a power of two.
@@ -94,6 +96,76 @@ impl RefcountWidth {
             _ => block[index * 8..][..8].copy_from_slice(&bytes),
         }
     }
+
+    /// Adds one to each of these counts of a block: those of clusters that are in use and get one more reference.
+    ///
+    /// # Errors
+    ///
+    /// The index of a count that is 0, or the largest there is. Nothing was changed.
+    ///
+    /// # Panics
+    ///
+    /// The block has no such indices.
+    pub fn raise(self, block: &mut [u8], range: Range<usize>) -> std::result::Result<(), usize> {
+        let max = self.max();
+        // The usual width, as one loop that the compiler makes vectors of.
+        if self.0 == 4 {
+            let counts = pairs(block, range.clone());
+            let is_stuck = |pair: &[u8; 2]| matches!(u16::from_be_bytes(*pair), 0 | u16::MAX);
+            if counts.iter().fold(false, |stuck, pair| stuck | is_stuck(pair)) {
+                let at = counts.iter().position(is_stuck).unwrap_or(0);
+                return Err(range.start + at);
+            }
+            counts.iter_mut().for_each(|pair| *pair = (u16::from_be_bytes(*pair) + 1).to_be_bytes());
+            return Ok(());
+        }
+        let is_stuck = |index: &usize| self.get(block, *index) == 0 || self.get(block, *index) == max;
+        let stuck = range.clone().find(is_stuck);
+        if let Some(index) = stuck {
+            return Err(index);
+        }
+        for index in range {
+            let count = self.get(block, index);
+            self.set(block, index, count + 1);
+        }
+        Ok(())
+    }
+
+    /// Takes one from each of these counts of a block, where each is at least `least`.
+    ///
+    /// # Errors
+    ///
+    /// The index of a count that is less. Nothing was changed.
+    ///
+    /// # Panics
+    ///
+    /// The block has no such indices, or `least` is 0.
+    pub fn lower(self, block: &mut [u8], range: Range<usize>, least: u16) -> std::result::Result<(), usize> {
+        assert!(least > 0, "no count is less than 0");
+        if self.0 == 4 {
+            let counts = pairs(block, range.clone());
+            let is_less = |pair: &[u8; 2]| u16::from_be_bytes(*pair) < least;
+            if counts.iter().fold(false, |less, pair| less | is_less(pair)) {
+                let at = counts.iter().position(is_less).unwrap_or(0);
+                return Err(range.start + at);
+            }
+            counts.iter_mut().for_each(|pair| *pair = (u16::from_be_bytes(*pair) - 1).to_be_bytes());
+            return Ok(());
+        }
+        if let Some(index) = range.clone().find(|index| self.get(block, *index) < u64::from(least)) {
+            return Err(index);
+        }
+        for index in range {
+            let count = self.get(block, index);
+            self.set(block, index, count - 1);
+        }
+        Ok(())
+    }
+}
+
+/// Counts of 16 bits.
+fn pairs(block: &mut [u8], range: Range<usize>) -> &mut [[u8; 2]] {
+    block[range.start * 2..range.end * 2].as_chunks_mut().0
 }
 
 /// An entry of the refcount table: where a block of counts is.
@@ -146,6 +218,37 @@ mod tests {
                 for (index, count) in model.iter().enumerate() {
                     prop_assert_eq!(width.get(&block, index), *count);
                 }
+            }
+        }
+    }
+
+    proptest! {
+        /// Many counts at once are changed as one by one, or not at all.
+        #[test]
+        fn ranges_change_as_a_whole(
+            order in 0u32..=6,
+            counts in prop::collection::vec(prop_oneof![4 => 1u64..3, 1 => Just(0), 1 => Just(u64::MAX)], 64),
+            (start, len) in (0usize..64, 0usize..64),
+            (up, least) in (any::<bool>(), 1u16..3),
+        ) {
+            let width = RefcountWidth::from_order(order).unwrap();
+            let mut block = vec![0; 512];
+            let counts: Vec<u64> = counts.iter().map(|count| count & width.max()).collect();
+            for (index, count) in counts.iter().enumerate() {
+                width.set(&mut block, index, *count);
+            }
+            let range = start..(start + len).min(64);
+            let fits = |count: u64| if up { count > 0 && count < width.max() } else { count >= least.into() };
+            let misfit = range.clone().find(|index| !fits(counts[*index]));
+            let done = if up { width.raise(&mut block, range.clone()) } else { width.lower(&mut block, range.clone(), least) };
+            prop_assert_eq!(done, misfit.map_or(Ok(()), Err));
+            for (index, before) in counts.iter().enumerate() {
+                let after = match (misfit, range.contains(&index)) {
+                    (None, true) if up => before + 1,
+                    (None, true) => before - 1,
+                    _ => *before,
+                };
+                prop_assert_eq!(width.get(&block, index), after);
             }
         }
     }

@@ -22,7 +22,7 @@ use vbd_core::{Error, ErrorKind, Guard, Result};
 
 use super::counts::Freed;
 use super::image::Image;
-use super::io::{Io, all};
+use super::io::{Io, Writes, all};
 use super::map::{L1, PIECE, Table};
 
 /// So many references given up are reason enough for a commit.
@@ -164,9 +164,11 @@ impl Image {
         }
     }
 
-    async fn carry_out(&self, io: &Io, turn: &Guard) -> Result<()> {
+    /// Takes on what is dirty of the mapping, with copies of it as it is now: pieces of L2 tables with their places in the
+    /// file, and parts of the L1 table with those in the table.
+    fn take_on(&self) -> (Taken<'_>, Vec<Part>, Vec<Part>) {
         let l1 = self.l1();
-        let (mut taken, tables, l1_parts) = {
+        let (mut taken, tables, parts) = {
             // With the lock, under which entries are set: what is set later must not reach the disk by this commit.
             let mut pending = self.pending();
             let parts = l1_parts(&l1, pending.l1.keys().copied());
@@ -189,6 +191,28 @@ impl Image {
             }
             taken.tables.push((table, runs));
         }
+        (taken, pieces, parts)
+    }
+
+    /// Writes entries that lead nowhere new, those whose flags alone have changed: in any order, and not durably. Nobody
+    /// else uses the image.
+    pub(super) async fn write_entries(&self, io: &Io, turn: &Guard) -> Result<()> {
+        let (mut taken, pieces, l1_parts) = self.take_on();
+        let offset = self.header().l1_offset;
+        let mut writes = Writes::default();
+        let l1_parts = l1_parts.into_iter().map(|(at, part)| (offset + at, part));
+        for (offset, buffer) in pieces.into_iter().chain(l1_parts) {
+            writes.add(buffer.len(), || io.write(offset, buffer, turn.clone())).await;
+        }
+        // Whatever was not written waits for a commit.
+        writes.end().await.inspect_err(|_| self.progress.changed())?;
+        taken.l1.clear();
+        taken.tables.clear();
+        Ok(())
+    }
+
+    async fn carry_out(&self, io: &Io, turn: &Guard) -> Result<()> {
+        let (mut taken, pieces, l1_parts) = self.take_on();
         self.write_counts(io).await?;
         io.sync().await?;
         let changed = !pieces.is_empty() || !taken.l1.is_empty();
@@ -262,8 +286,11 @@ impl Image {
     }
 }
 
+/// Bytes on their way to the disk, and where they go.
+type Part = (u64, Buffer);
+
 /// The parts of the L1 table that these entries are in, as they are now, each with its place in the table (bytes).
-fn l1_parts(l1: &L1, indices: impl Iterator<Item = u64>) -> Vec<(u64, Buffer)> {
+fn l1_parts(l1: &L1, indices: impl Iterator<Item = u64>) -> Vec<Part> {
     let mut parts: Vec<u64> = indices.map(|index| index * 8 / PIECE as u64).collect();
     parts.dedup();
     let part = |part: u64| {

@@ -127,7 +127,7 @@ impl Image {
         let taken = len.next_multiple_of(SECTOR);
         let _turn = self.packing.lock(0..1).await;
         let rest = *self.rest();
-        if taken <= rest.end - rest.next && self.refer(io, &[rest.next / size]).await.is_ok() {
+        if taken <= rest.end - rest.next && self.refer_to(io, rest.next / size).await.is_ok() {
             self.rest().next += taken;
             return Ok(rest.next);
         }
@@ -136,8 +136,8 @@ impl Image {
         // A cluster that follows the one before takes the end of what begins there.
         let begins = rest.end > rest.next && rest.end == start;
         let place =
-            if begins && self.refer(io, &[rest.next / size]).await.is_ok() { rest.next } else { start };
-        let held = self.refer(io, &[run.start]).await.is_ok();
+            if begins && self.refer_to(io, rest.next / size).await.is_ok() { rest.next } else { start };
+        let held = self.refer_to(io, run.start).await.is_ok();
         self.end_packing();
         if held {
             *self.rest() = Rest { next: place + taken, end: start + size };

@@ -167,6 +167,11 @@ impl Members {
         let _ = MEMBERS.try_with(|members| members.borrow_mut().remove(&id));
     }
 
+    /// Whether there are any.
+    pub(super) fn are_there(&self) -> bool {
+        !self.state().all.is_empty()
+    }
+
     fn tokens(&self, park: bool) -> Arc<Signal> {
         let signal = Arc::new(Signal::default());
         let token = Token(Arc::new(Last(signal.clone())));

@@ -17,6 +17,7 @@ use super::grace::Members;
 use super::io::{Io, bytes, corrupt};
 use super::log::{Log, Note};
 use super::map::{Entry, L1, Registry, Span, Table, index_of, span};
+use super::set::Look;
 use crate::format::{Cluster, Compression, Header, L1Entry, Layout, at, incompatible};
 
 /// What all channels of an image share.
@@ -257,14 +258,24 @@ impl Image {
     /// Whether every entry of a table may be used without another look.
     fn is_sound(&self, table: &Table) -> bool {
         let state = self.counts.state();
+        let mut metadata = state.metadata.look();
+        let end = self.data_end();
         (0..self.layout.l2_entries()).all(|index| {
             let entry = table.get(&self.layout, index);
-            self.fault(entry, &state.metadata).is_none()
+            entry == Entry::NONE || self.fault(entry, &mut metadata, end).is_none()
         })
     }
 
+    /// Where guest clusters end, in bytes.
+    fn data_end(&self) -> u64 {
+        match &self.data_file {
+            Some(data) => data.geometry().size.next_multiple_of(self.layout.cluster_size()),
+            None => self.file_end(),
+        }
+    }
+
     /// What is wrong with an entry, if something is.
-    fn fault(&self, entry: Entry, metadata: &super::set::ClusterSet) -> Option<String> {
+    fn fault(&self, entry: Entry, metadata: &mut Look<'_>, end: u64) -> Option<String> {
         let cluster = match entry.cluster.decode(&self.layout) {
             Ok(cluster) => cluster,
             Err(error) => return Some(error.to_string()),
@@ -274,10 +285,6 @@ impl Image {
         {
             return Some(error.to_string());
         }
-        let end = match &self.data_file {
-            Some(data) => data.geometry().size.next_multiple_of(self.layout.cluster_size()),
-            None => self.file_end(),
-        };
         let (from, to) = match cluster {
             Cluster::Unallocated | Cluster::Zero { host: None } => return None,
             Cluster::Zero { host: Some(host) } | Cluster::Data { host } => {
@@ -299,12 +306,12 @@ impl Image {
 
     /// Whether an entry is one that no correct image has.
     pub(super) fn is_faulty(&self, entry: Entry) -> bool {
-        self.fault(entry, &self.counts.state().metadata).is_some()
+        self.fault(entry, &mut self.counts.state().metadata.look(), self.data_end()).is_some()
     }
 
     /// An error where an entry is one that no correct image has.
     pub(super) fn check_entry(&self, io: &Io, entry: Entry, offset: u64) -> Result<()> {
-        let fault = self.fault(entry, &self.counts.state().metadata);
+        let fault = self.fault(entry, &mut self.counts.state().metadata.look(), self.data_end());
         let cluster = offset >> self.layout.cluster_bits;
         match fault {
             Some(fault) => {
@@ -378,7 +385,7 @@ impl Image {
     }
 
     /// Puts a table on the list of those that are written next, after its pieces were marked.
-    fn list(&self, table: &Arc<Table>) {
+    pub(super) fn list(&self, table: &Arc<Table>) {
         if !table.listed.swap(true, Ordering::SeqCst) {
             self.pending().tables.push(table.clone());
         }
@@ -411,13 +418,7 @@ impl Image {
         if self.data_file.is_some() {
             return 0..0;
         }
-        match entry.cluster.decode(&self.layout) {
-            Ok(Cluster::Data { host } | Cluster::Zero { host: Some(host) }) => {
-                host >> bits..(host >> bits) + 1
-            }
-            Ok(Cluster::Compressed(it)) => it.offset >> bits..((it.end() - 1) >> bits) + 1,
-            _ => 0..0,
-        }
+        entry.cluster.decode(&self.layout).map_or(0..0, |cluster| clusters_of(cluster, bits))
     }
 
     /// Takes what is freed back, for another time.
@@ -434,6 +435,17 @@ impl Image {
             return Err(Error::new(ErrorKind::Corrupt, message).of(&self.label));
         }
         Ok(())
+    }
+}
+
+/// The clusters of the file that a cluster of the disk takes.
+#[inline]
+pub(super) fn clusters_of(cluster: Cluster, cluster_bits: u32) -> Range<u64> {
+    let bits = cluster_bits;
+    match cluster {
+        Cluster::Data { host } | Cluster::Zero { host: Some(host) } => host >> bits..(host >> bits) + 1,
+        Cluster::Compressed(it) => it.offset >> bits..((it.end() - 1) >> bits) + 1,
+        Cluster::Unallocated | Cluster::Zero { host: None } => 0..0,
     }
 }
 

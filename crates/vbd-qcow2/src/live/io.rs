@@ -1,9 +1,11 @@
 //! Reading and writing of the engine's own: tables and what lies beside a guest's data, awaited in a task.
 
-use std::future::Future;
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 
 use vbd_core::ask::{Ask, ask};
 use vbd_core::memory::Buffer;
@@ -32,13 +34,35 @@ impl std::ops::Deref for Bytes {
     }
 }
 
+impl Bytes {
+    /// The buffer that they are in.
+    pub(super) fn into_buffer(self) -> Buffer {
+        // The request, which held it too, is gone as a rule.
+        Arc::try_unwrap(self.0).unwrap_or_else(|shared| {
+            let mut copy = Buffer::new(shared.len());
+            // SAFETY: as for looking into them.
+            copy.bytes_mut().copy_from_slice(unsafe { shared.bytes() });
+            copy
+        })
+    }
+}
+
 impl Io {
     /// Reads so many bytes of the image's file.
     pub(super) async fn read(&self, offset: u64, len: usize) -> Result<Bytes> {
-        let buffer = Arc::new(Buffer::new(len));
+        self.start_read(offset, Buffer::new(len)).await
+    }
+
+    /// Starts to fill a buffer from the image's file.
+    pub(super) fn start_read(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+    ) -> impl Future<Output = Result<Bytes>> + use<> {
+        let buffer = Arc::new(buffer);
         let read = Ask::transfer(Operation::Read, offset, vec![buffer.whole()], Some(buffer.clone()));
-        ask(&self.file, read, self.local.now()).await?;
-        Ok(Bytes(buffer))
+        let answer = ask(&self.file, read, self.local.now());
+        async move { answer.await.map(|_| Bytes(buffer)) }
     }
 
     /// Starts to write a buffer to the image's file. `keep` lives until that has ended, whoever waits for it.
@@ -114,6 +138,99 @@ pub(super) async fn all<F: Future<Output = Result<()>>>(parts: Vec<F>) -> Result
         }
     }
     result
+}
+
+/// The most bytes of tables that are read or written at once.
+pub(super) const MOST_AT_ONCE: usize = 8 << 20;
+
+type Operating<T> = Pin<Box<dyn Future<Output = Result<T>>>>;
+
+/// Operations that were begun one after the other and are awaited in that order, so many bytes at once.
+pub(super) struct Queue<T> {
+    under_way: VecDeque<(usize, Operating<T>)>,
+    bytes: usize,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Queue { under_way: VecDeque::new(), bytes: 0 }
+    }
+}
+
+impl<T> Queue<T> {
+    /// Whether one of so many bytes may begin now.
+    pub(super) fn has_room(&self, len: usize) -> bool {
+        self.under_way.is_empty() || self.bytes + len <= MOST_AT_ONCE
+    }
+
+    /// Adds one that has begun.
+    pub(super) fn push(&mut self, len: usize, operation: impl Future<Output = Result<T>> + 'static) {
+        self.bytes += len;
+        self.under_way.push_back((len, Box::pin(operation)));
+    }
+
+    /// Waits for the first of them, if there is one.
+    pub(super) async fn next(&mut self) -> Option<Result<T>> {
+        let (_, operation) = self.under_way.front_mut()?;
+        let result = operation.await;
+        if let Some((len, _)) = self.under_way.pop_front() {
+            self.bytes -= len;
+        }
+        Some(result)
+    }
+}
+
+/// Writes, so many bytes at once. Whoever has begun some waits for their [end](Self::end), whatever happens.
+#[derive(Default)]
+pub(super) struct Writes {
+    queue: Queue<()>,
+    failure: Option<Error>,
+}
+
+impl Writes {
+    /// Starts a write of so many bytes, when there is room for it.
+    pub(super) async fn add<F>(&mut self, len: usize, start: impl FnOnce() -> F)
+    where
+        F: Future<Output = Result<()>> + 'static,
+    {
+        while !self.queue.has_room(len) {
+            self.wait().await;
+        }
+        self.queue.push(len, start());
+    }
+
+    /// Waits until all have ended.
+    pub(super) async fn end(mut self) -> Result<()> {
+        while self.wait().await {}
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    async fn wait(&mut self) -> bool {
+        let Some(result) = self.queue.next().await else { return false };
+        if let Err(error) = result {
+            self.failure.get_or_insert(error);
+        }
+        true
+    }
+}
+
+/// Works on several tasks at the same time, until all have ended.
+pub(super) async fn together<F: Future<Output = Result<()>>>(tasks: Vec<F>) -> Result<()> {
+    let mut tasks: Vec<Pin<Box<F>>> = tasks.into_iter().map(Box::pin).collect();
+    let mut result = Ok(());
+    poll_fn(move |context| {
+        tasks.retain_mut(|task| match task.as_mut().poll(context) {
+            Poll::Pending => true,
+            Poll::Ready(outcome) => {
+                if result.is_ok() {
+                    result = outcome;
+                }
+                false
+            }
+        });
+        if tasks.is_empty() { Poll::Ready(std::mem::replace(&mut result, Ok(()))) } else { Poll::Pending }
+    })
+    .await
 }
 
 /// An error of the image's structures.

@@ -25,6 +25,7 @@ mod session;
 mod set;
 mod snapshot;
 mod space;
+mod walk;
 mod write;
 
 pub use disk::{Qcow2, Qcow2Options};

@@ -87,19 +87,19 @@ impl Image {
         (end > old).then(|| (old, end - old))
     }
 
-    /// Ends the file behind its last cluster.
-    pub(super) async fn trim(&self, io: &Io) -> Result<()> {
+    /// Ends the file behind its last cluster, with the next sync; false if it ends there.
+    pub(super) async fn trim(&self, io: &Io) -> Result<bool> {
         if self.backend.is_block_device() {
-            return Ok(());
+            return Ok(false);
         }
-        let Some(end) = self.counts.state().end() else { return Ok(()) };
+        let Some(end) = self.counts.state().end() else { return Ok(false) };
         let end = self.whole_blocks(self.last_used(io, end).await? * self.layout.cluster_size());
-        if end < self.backend.size() {
+        let trims = end < self.backend.size();
+        if trims {
             let backend = self.backend.clone();
             io.local.unblock(move || backend.trim(end)).await?;
-            self.sync_file(io).await?;
         }
-        Ok(())
+        Ok(trims)
     }
 }
 

@@ -160,7 +160,7 @@ impl Drop for Qcow2Session {
         if image.read_only || image.progress.check().is_err() {
             return;
         }
-        if !image.progress.is_untouched()
+        if (!image.progress.is_untouched() || image.counts.are_dirty())
             && let Err(error) = self.run(|image, io| async move { image.close(&io).await })
         {
             tracing::error!(
@@ -183,7 +183,10 @@ impl Image {
     async fn close(self: &Arc<Self>, io: &Io) -> Result<()> {
         self.end_packing();
         loop {
-            self.commit_now(io, Quiet::new(self).await.guard()).await?;
+            let turn = Quiet::new(self).await;
+            if !self.progress.is_clean() {
+                self.commit_now(io, turn.guard()).await?;
+            }
             let clusters = {
                 let mut pending = self.pending();
                 let mut clusters = std::mem::take(&mut pending.reclaimable);
@@ -195,7 +198,12 @@ impl Image {
             }
             self.reclaim(io, Freed::new(self, clusters)).await?;
         }
-        self.trim(io).await?;
+        // Counts that have fallen since, and the end of the file, whichever is there first.
+        let fallen = self.counts.are_dirty();
+        self.write_counts(io).await?;
+        if self.trim(io).await? || fallen {
+            self.sync_file(io).await?;
+        }
         self.end_log(io).await
     }
 }

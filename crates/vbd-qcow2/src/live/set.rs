@@ -32,8 +32,34 @@ impl ClusterSet {
     }
 
     pub(super) fn contains(&self, cluster: u64) -> bool {
-        let (chunk, word, bit) = Self::place(cluster);
-        self.0.get(&chunk).is_some_and(|words| words[word] & bit != 0)
+        self.look().contains(cluster)
+    }
+
+    /// A look at many clusters, of which most have their neighbours near.
+    pub(super) fn look(&self) -> Look<'_> {
+        Look { set: self, chunk: None }
+    }
+}
+
+/// Looks clusters up, and remembers where the last one was.
+pub(super) struct Look<'a> {
+    set: &'a ClusterSet,
+    chunk: Option<(u64, Option<&'a [u64; 64]>)>,
+}
+
+impl Look<'_> {
+    #[inline]
+    pub(super) fn contains(&mut self, cluster: u64) -> bool {
+        let (chunk, word, bit) = ClusterSet::place(cluster);
+        let words = match self.chunk {
+            Some((same, words)) if same == chunk => words,
+            _ => {
+                let words = self.set.0.get(&chunk).map(|words| &**words);
+                self.chunk = Some((chunk, words));
+                words
+            }
+        };
+        words.is_some_and(|words| words[word] & bit != 0)
     }
 }
 

@@ -4,11 +4,13 @@
 //! memory, so that taking some is a matter of a short lock; the pool is filled ([`refill`]) from what was given up, from
 //! blocks that nobody has looked at yet, and by growing the file.
 
+mod blocks;
+mod many;
 mod reclaim;
 mod refill;
 mod write;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vbd_core::Result;
@@ -19,7 +21,9 @@ use super::io::{Io, bytes, corrupt};
 use super::map::{PIECE, Pieces};
 use super::set::ClusterSet;
 use crate::format::Layout;
+use blocks::{Block, Blocks};
 
+pub(super) use many::add_run;
 pub(super) use reclaim::Freed;
 
 /// Clusters one after the other.
@@ -31,13 +35,6 @@ pub(super) struct Run {
     pub(super) count: u64,
     /// They read as zeroes.
     pub(super) zeroed: bool,
-}
-
-/// A block of counts, as it lies on disk.
-struct Block {
-    offset: u64,
-    bytes: Vec<u8>,
-    dirty: Pieces,
 }
 
 /// The counts of an image.
@@ -54,7 +51,7 @@ pub(super) struct State {
     /// The refcount table: where each block is, or 0.
     pub(super) table: Vec<u64>,
     pub(super) table_offset: u64,
-    blocks: HashMap<u64, Block>,
+    blocks: Blocks,
     dirty: BTreeSet<u64>,
     pool: VecDeque<Run>,
     /// The end of what is used or in the pool, in clusters. Not known before the pool is filled first.
@@ -75,23 +72,29 @@ impl State {
 
     /// Whether the count of a cluster can be told and changed now.
     fn is_loaded(&self, cluster: u64) -> bool {
-        self.blocks.contains_key(&(cluster >> self.layout.refcount_block_bits()))
+        self.blocks.get(cluster >> self.layout.refcount_block_bits()).is_some()
     }
 
     /// The count of a cluster. One without a block has none.
     fn count(&self, cluster: u64) -> u64 {
         let bits = self.layout.refcount_block_bits();
-        let block = self.blocks.get(&(cluster >> bits));
+        let block = self.blocks.get(cluster >> bits);
         block.map_or(0, |block| {
             self.layout.refcount_width.get(&block.bytes, bytes(cluster & ((1 << bits) - 1)))
         })
+    }
+
+    /// Whether a cluster has one reference.
+    #[inline]
+    pub(super) fn is_alone(&self, cluster: u64) -> bool {
+        self.count(cluster) == 1
     }
 
     /// Sets the count of a cluster whose block is in memory.
     fn set(&mut self, cluster: u64, count: u64) {
         let (bits, width) = (self.layout.refcount_block_bits(), self.layout.refcount_width);
         let (number, index) = (cluster >> bits, bytes(cluster & ((1 << bits) - 1)));
-        let Some(block) = self.blocks.get_mut(&number) else {
+        let Some(block) = self.blocks.get_mut(number) else {
             debug_assert!(false, "the block of cluster {cluster} is in memory");
             return;
         };
@@ -180,7 +183,7 @@ impl Counts {
             layout,
             table,
             table_offset,
-            blocks: HashMap::new(),
+            blocks: Blocks::default(),
             dirty: BTreeSet::new(),
             pool: VecDeque::new(),
             end: None,
@@ -189,6 +192,11 @@ impl Counts {
             metadata,
         };
         Counts { state: Mutex::new(state), filling: Arc::default(), writing: Arc::default() }
+    }
+
+    /// Whether some have changed and are not on disk.
+    pub(super) fn are_dirty(&self) -> bool {
+        !self.state().dirty.is_empty()
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -233,17 +241,25 @@ impl Image {
 
     /// Reads the block that the count of a cluster is in, if there is one and it is not in memory.
     pub(super) async fn load_count(&self, io: &Io, cluster: u64) -> Result<()> {
+        let number = cluster >> self.layout.refcount_block_bits();
+        let Some(offset) = self.missing_block(io, number)? else { return Ok(()) };
+        let read = io.read(offset, self.layout.cluster_len()).await?;
+        self.add_block(number, offset, read.to_vec());
+        Ok(())
+    }
+
+    /// Where a block of counts is that is not in memory.
+    fn missing_block(&self, io: &Io, number: u64) -> Result<Option<u64>> {
         let layout = &self.layout;
-        let number = cluster >> layout.refcount_block_bits();
         let offset = {
             let state = self.counts.state();
-            if state.blocks.contains_key(&number) {
-                return Ok(());
+            if state.blocks.get(number).is_some() {
+                return Ok(None);
             }
             usize::try_from(number).ok().and_then(|number| state.table.get(number)).copied().unwrap_or(0)
         };
         if offset == 0 {
-            return Ok(());
+            return Ok(None);
         }
         if !layout.is_aligned(offset)
             || offset.checked_add(layout.cluster_size()).is_none_or(|end| end > self.file_end())
@@ -253,63 +269,21 @@ impl Image {
                 &format!("refcount block {number} is at {offset:#x}, which is no cluster of the file"),
             ));
         }
-        let read = io.read(offset, layout.cluster_len()).await?;
-        let dirty = Pieces::new(layout.cluster_len().div_ceil(PIECE));
-        // Whoever was quicker may have changed it.
-        let block = Block { offset, bytes: read.to_vec(), dirty };
-        self.counts.state().blocks.entry(number).or_insert(block);
-        Ok(())
+        Ok(Some(offset))
     }
 
-    /// Adds a reference to each of these clusters, all of which have some.
-    ///
-    /// # Errors
-    /// A count would be more than it can say, and nothing was changed; or what reading counts meets.
-    pub(super) async fn refer(&self, io: &Io, clusters: &[u64]) -> Result<()> {
-        for cluster in clusters {
-            self.load_count(io, *cluster).await?;
-        }
+    /// Adds a block that was read, unless somebody else was quicker: it may be changed already.
+    fn add_block(&self, number: u64, offset: u64, bytes: Vec<u8>) {
+        let dirty = Pieces::new(bytes.len().div_ceil(PIECE));
         let mut state = self.counts.state();
-        let most = self.layout.refcount_width.max();
-        for (done, cluster) in clusters.iter().enumerate() {
-            let count = state.count(*cluster);
-            if count == 0 || count >= most {
-                for cluster in &clusters[..done] {
-                    let count = state.count(*cluster);
-                    state.set(*cluster, count - 1);
-                }
-                if count == 0 {
-                    return Err(corrupt(format!(
-                        "cluster {cluster:#x} is in use, and its refcount is 0; check and repair the image"
-                    )));
-                }
-                let message = format!(
-                    "a cluster has {count} references, the most that {} bits can say; delete snapshots, or convert to an image with wider refcounts",
-                    self.layout.refcount_width.bits()
-                );
-                return Err(vbd_core::Error::new(vbd_core::ErrorKind::Unsupported, message));
-            }
-            state.set(*cluster, count + 1);
+        if state.blocks.get(number).is_none() {
+            state.blocks.insert(number, Block { offset, bytes, dirty });
         }
-        Ok(())
     }
 
     /// The count of a cluster.
     pub(super) async fn count_of(&self, io: &Io, cluster: u64) -> Result<u64> {
         self.load_count(io, cluster).await?;
         Ok(self.counts.state().count(cluster))
-    }
-
-    /// Takes a reference away from each of these clusters, all of which keep some.
-    pub(super) async fn unrefer(&self, io: &Io, clusters: &[u64]) -> Result<()> {
-        for cluster in clusters {
-            self.load_count(io, *cluster).await?;
-        }
-        let mut state = self.counts.state();
-        for cluster in clusters {
-            let count = state.count(*cluster);
-            state.set(*cluster, count.saturating_sub(1));
-        }
-        Ok(())
     }
 }

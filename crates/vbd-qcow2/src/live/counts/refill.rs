@@ -224,7 +224,7 @@ impl Drop for Added<'_> {
         }
         let mut state = self.image.counts.state();
         for (number, _) in &self.structures.blocks {
-            state.blocks.remove(number);
+            state.blocks.remove(*number);
             state.dirty.remove(number);
         }
         let blocks = self.structures.blocks.iter().map(|(_, cluster)| *cluster);

@@ -38,6 +38,16 @@ impl Registry {
         Registry { state: Mutex::default(), changing: Arc::default(), bound: bound.max(1) }
     }
 
+    /// How many more tables may be kept.
+    pub(in crate::live) fn room(&self) -> usize {
+        self.bound.saturating_sub(self.state().order.len())
+    }
+
+    /// Whether the table of this index is in memory.
+    pub(in crate::live) fn has(&self, index: u64) -> bool {
+        self.state().tables.get(&index).is_some_and(|slot| slot.weak.strong_count() > 0)
+    }
+
     /// The bound, in tables.
     pub(in crate::live) fn bound(&self) -> usize {
         self.bound
