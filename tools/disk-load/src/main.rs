@@ -13,7 +13,7 @@ use clap::{Parser, ValueEnum};
 use vbd_core::track::Tracked;
 use vbd_core::{Disk, Operation};
 use vbd_formats::{Format, ImageSpec};
-use vbd_ring::{Reactor, Settings};
+use vbd_ring::{EngineKind, Reactor, Settings};
 
 use queue::{Plan, Queue};
 
@@ -44,6 +44,12 @@ struct Args {
     /// Bitmaps that note what is written
     #[arg(long, default_value_t = 0)]
     bitmaps: u32,
+    /// Put what keeps bitmaps in front, as servers do, even where there are none
+    #[arg(long)]
+    track: bool,
+    /// What does I/O. valgrind does not know io_uring
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    engine: Engine,
     /// Seed of the random offsets
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -60,10 +66,27 @@ enum Pattern {
     Randwrite,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Engine {
+    /// io_uring where it can be had
+    Auto,
+    /// A pool of threads
+    Threads,
+}
+
+impl From<Engine> for EngineKind {
+    fn from(engine: Engine) -> Self {
+        match engine {
+            Engine::Auto => EngineKind::Auto,
+            Engine::Threads => EngineKind::Threads,
+        }
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let mut disk: Arc<dyn Disk> = vbd_formats::open(&ImageSpec::new(&args.image, args.format))?;
-    if args.bitmaps > 0 {
+    if args.track || args.bitmaps > 0 {
         disk = Tracked::new(disk, None);
     }
     let session = disk.open()?;
@@ -81,7 +104,8 @@ fn main() -> Result<()> {
     let mut reactors = Vec::new();
     let start = Instant::now();
     for queue in 0..args.queues {
-        let reactor = Reactor::spawn("load", Settings::default())?;
+        let settings = Settings { engine: args.engine.into(), ..Settings::default() };
+        let reactor = Reactor::spawn("load", settings)?;
         let plan = Plan {
             operation: match args.rw {
                 Pattern::Randread => Operation::Read,
