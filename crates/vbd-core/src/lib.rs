@@ -33,7 +33,7 @@ pub use client::Client;
 pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
 pub use flush::flush;
-pub use live::{Layer, LayerExtent, Live, Snapshot};
+pub use live::{Commit, Layer, LayerExtent, Live, Snapshot, Watch};
 pub use request::{Extent, ExtentKind, Flags, Guard, Operation, Request, Sink};
 pub use statistics::{OperationCount, QueueCounters, QueueSnapshot, Statistics};
 

@@ -42,6 +42,8 @@ pub struct ImageSpec {
     pub faults: Option<Arc<dyn Faults>>,
     /// Who keeps the bitmaps of a qcow2 image that is written to: without it they become void.
     pub bitmaps: Option<vbd_qcow2::bitmaps::Kept>,
+    /// Note changes of a format's tables beside the image, so that guests go on over a kill of this process.
+    pub notes: bool,
 }
 
 impl ImageSpec {
@@ -63,6 +65,7 @@ impl ImageSpec {
             secret,
             faults,
             bitmaps: None,
+            notes: true,
         }
     }
 
@@ -160,6 +163,7 @@ fn one(
                 backing,
                 data_file,
                 bitmaps: spec.bitmaps.clone(),
+                notes: spec.notes,
                 ..Qcow2Options::new(&spec.path)
             }))
         }

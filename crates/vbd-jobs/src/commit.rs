@@ -5,11 +5,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vbd_core::client::Buffer;
 use vbd_formats::ImageSpec;
 
 use crate::copy::CHUNK;
-use crate::layers::{Own, live};
+use crate::layers::{Own, live, no_snapshots};
 use crate::ranges::{Chunks, Turns, each};
 use crate::zeroes::{are_zero, runs};
 use crate::{Error, Image, Progress, Result};
@@ -18,7 +19,7 @@ use crate::{Error, Image, Progress, Result};
 const UNIT: u64 = 4096;
 
 /// What a commit has done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Committed {
     /// The file that was written to.
     pub into: std::path::PathBuf,
@@ -26,11 +27,8 @@ pub struct Committed {
     pub written: u64,
 }
 
-/// Writes what an image holds to its backing file, which grows if it is the smaller of the two.
-///
-/// # Errors
-/// The image has no backing file, one of the two is in use, or there is no room. The image reads as before.
-pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Result<Committed> {
+/// How the file that an image stands on is opened to be written to.
+pub(crate) fn target(spec: &ImageSpec) -> Result<ImageSpec> {
     let links = vbd_formats::chain(&spec.path, spec.format, &spec.gate)?;
     let Some(below) = links.get(1) else {
         let path = spec.path.display();
@@ -38,13 +36,23 @@ pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Resu
             "{path}: stands on no other image, so there is none to commit to"
         )));
     };
-    let target = ImageSpec {
+    Ok(ImageSpec {
         path: below.path.clone(),
         format: below.format,
         name: below.path.display().to_string(),
         read_only: false,
+        share: false,
         ..spec.clone()
-    };
+    })
+}
+
+/// Writes what an image holds to its backing file, which grows if it is the smaller of the two.
+///
+/// # Errors
+/// The image has no backing file, one of the two is in use, or there is no room. The image reads as before.
+pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Result<Committed> {
+    let target = target(spec)?;
+    let into = target.path.clone();
     // One disk for both: the image reads from what is written meanwhile, as it hides all of that itself.
     let disk = vbd_formats::open_tracked(&target)?;
     let target = Image::of(disk.clone())?;
@@ -52,7 +60,10 @@ pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Resu
     if image.size() > target.size() {
         target.session().grow(image.size())?;
     }
-    let own = Own(live(&image, &spec.path.display().to_string())?);
+    let name = spec.path.display().to_string();
+    let live = live(&image, &name)?;
+    no_snapshots(live, &name)?;
+    let own = Own(live);
     let size = image.size();
     progress.step("committing", size);
     let chunks = Chunks::new(&own, 0, size, 512, CHUNK);
@@ -87,5 +98,5 @@ pub fn commit(spec: &ImageSpec, threads: usize, progress: &dyn Progress) -> Resu
     )?;
     progress.step("flushing", 0);
     target.flush()?;
-    Ok(Committed { into: below.path.clone(), written: written.into_inner() })
+    Ok(Committed { into, written: written.into_inner() })
 }

@@ -16,6 +16,16 @@ pub(crate) fn live<'a>(image: &'a Client, name: &str) -> Result<&'a dyn Live> {
         .ok_or_else(|| Error::Refused(format!("{name}: images of its format stand on no others")))
 }
 
+/// Refuses to change what an image reads from below where it has snapshots, which read that too.
+pub(crate) fn no_snapshots(live: &dyn Live, name: &str) -> Result<()> {
+    if live.snapshots()?.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "{name}: its snapshots need what the images behind it hold now: delete them first, or convert the image"
+    )))
+}
+
 /// What an image holds itself.
 pub(crate) struct Own<'a>(pub(crate) &'a dyn Live);
 

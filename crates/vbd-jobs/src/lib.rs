@@ -14,6 +14,7 @@ mod layers;
 mod progress;
 mod ranges;
 mod rebase;
+mod served;
 mod size;
 mod zeroes;
 
@@ -24,4 +25,5 @@ pub use error::{Error, Result};
 pub use image::Image;
 pub use progress::{Progress, Silent};
 pub use rebase::{NewBacking, rebase, rebase_unsafe};
+pub use served::{Compacted, Flattened, Pace, commit_served, compact, flatten};
 pub use size::{Measured, measure, resize};

@@ -12,7 +12,7 @@ use vbd_core::client::Buffer;
 use vbd_formats::{Format, ImageSpec};
 
 use crate::copy::{CHUNK, read_padded};
-use crate::layers::{Below, live};
+use crate::layers::{Below, live, no_snapshots};
 use crate::ranges::{Chunks, Turns, each};
 use crate::zeroes::{are_zero, runs};
 use crate::{Error, Image, Progress, Result};
@@ -29,7 +29,9 @@ pub(crate) fn copy_up(
     threads: usize,
     progress: &dyn Progress,
 ) -> Result<u64> {
-    let below = Below { image, live: live(image, name)?, other: new };
+    let live = live(image, name)?;
+    no_snapshots(live, name)?;
+    let below = Below { image, live, other: new };
     let size = image.size();
     progress.step("copying", size);
     let chunks = Chunks::new(&below, 0, size, UNIT, CHUNK);

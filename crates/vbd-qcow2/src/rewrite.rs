@@ -21,31 +21,39 @@ const NAME: usize = 1024;
 /// # Errors
 /// The header does not fit the first cluster ([`io::ErrorKind::InvalidInput`]), or writing fails.
 pub fn replace_header<S: Storage + ?Sized>(storage: &S, old: &Header, new: &Header) -> io::Result<()> {
-    let write = |offset: usize, bytes: &[u8]| storage.write_all_at(offset as u64, bytes);
-    let sync = || storage.sync();
+    for step in header_steps(old, new)? {
+        for (offset, bytes) in step {
+            storage.write_all_at(offset as u64, &bytes)?;
+        }
+        storage.sync()?;
+    }
+    Ok(())
+}
+
+/// Writes that may be under way at once, by where they begin in the file.
+pub(crate) type Step = Vec<(usize, Vec<u8>)>;
+
+/// How `new` comes in the place of `old`, as [`replace_header`] does it: after each step comes a sync.
+pub(crate) fn header_steps(old: &Header, new: &Header) -> io::Result<Vec<Step>> {
     let whole = new.encode_cluster().map_err(too_long)?;
     let (old_end, new_end) = (old.encode().map_err(too_long)?.len(), new.encode().map_err(too_long)?.len());
     let far = old_end.max(new_end).next_multiple_of(8).max(SECTOR);
     let between = first_sector(old, far)?.filter(|_| far + NAME <= whole.len());
-    let Some(between) = between else {
-        write(0, &whole)?;
-        return sync();
-    };
+    let Some(between) = between else { return Ok(vec![vec![(0, whole)]]) };
+    let mut steps: Vec<Step> = Vec::new();
     // The old name, where nothing else is or will be.
     if let Some(name) = &old.backing {
-        write(far, name)?;
-        sync()?;
+        steps.push(vec![(far, name.clone())]);
     }
-    write(0, &between)?;
-    sync()?;
+    steps.push(vec![(0, between)]);
     // Nobody needs the rest now.
-    write(SECTOR, &whole[SECTOR..far])?;
-    sync()?;
-    write(0, &whole[..SECTOR])?;
-    sync()?;
+    if far > SECTOR {
+        steps.push(vec![(SECTOR, whole[SECTOR..far].to_vec())]);
+    }
+    steps.push(vec![(0, whole[..SECTOR].to_vec())]);
     // Nor the copy of the name.
-    write(far, &whole[far..far + NAME])?;
-    sync()
+    steps.push(vec![(far, whole[far..far + NAME].to_vec())]);
+    Ok(steps)
 }
 
 fn too_long(error: format::Error) -> io::Error {

@@ -9,8 +9,8 @@ use vbd_ring::Local;
 use super::channel::TrackChannel;
 use super::{Track, TrackError};
 use crate::{
-    Capabilities, Channel, Disk, Error, ErrorKind, Event, Geometry, LayerExtent, Live, Result, Session,
-    Snapshot, Statistics,
+    Capabilities, Channel, Commit, Disk, Error, ErrorKind, Event, Geometry, LayerExtent, Live, Result,
+    Session, Snapshot, Statistics, Watch,
 };
 
 /// How long closing may take before whoever waits for it goes on.
@@ -241,6 +241,19 @@ impl Live for TrackedSession {
         let live = self.inner_live()?;
         let range = offset..offset.saturating_add(data.len() as u64);
         self.track.changes(range, || live.write_compressed(offset, data)).map_err(|error| failed(&error))?
+    }
+
+    fn flatten(&self, watch: &dyn Watch) -> Result<u64> {
+        self.inner_live()?.flatten(watch)
+    }
+
+    fn commit(&self, commit: Commit, watch: &dyn Watch) -> Result<u64> {
+        let track = Some(self.track.clone());
+        self.inner_live()?.commit(Commit { track, ..commit }, watch)
+    }
+
+    fn compact(&self, watch: &dyn Watch) -> Result<(u64, u64)> {
+        self.inner_live()?.compact(watch)
     }
 }
 

@@ -2,15 +2,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
 use vbd_core::memory::zero;
 use vbd_core::{Channel, Error, ErrorKind, Guard, Operation, Request, Result, Sink};
 use vbd_ring::Local;
 
+use super::behind::Missing;
 use super::compressed::Last;
-use super::grace::{Member, Operations, Token};
+use super::grace::{Entered, Member, Operations, Token};
 use super::image::Image;
 use super::io::{Io, bytes};
 use super::map::{L1, Span, Table, span};
@@ -22,7 +25,7 @@ const REMEMBERED: usize = 1024;
 pub(super) struct Qcow2Channel {
     pub(super) image: Arc<Image>,
     pub(super) io: Io,
-    pub(super) backing: Option<Rc<dyn Channel>>,
+    backing: RefCell<Option<Rc<dyn Channel>>>,
     pub(super) l1: RefCell<Arc<L1>>,
     /// Tables by the low bits of their index.
     tables: RefCell<Box<[Option<Arc<Table>>]>>,
@@ -30,6 +33,10 @@ pub(super) struct Qcow2Channel {
     operations: Operations,
     parked: RefCell<VecDeque<Request>>,
     is_parked: Cell<bool>,
+    /// It gets its way to the image behind when it is resumed.
+    is_without_below: Cell<bool>,
+    /// Work of the image's own that waits until it is resumed.
+    waiting: RefCell<Vec<Waker>>,
     /// The number that others know it by.
     id: Cell<u64>,
     /// The compressed cluster that was read last.
@@ -82,20 +89,21 @@ impl Qcow2Channel {
             Some(data) => data.clone().channel(local)?,
             None => file.clone(),
         };
-        let backing = image.backing.as_ref().map(|backing| backing.clone().channel(local)).transpose()?;
         let l1 = image.l1();
         // Never more than the bound of the image lets live.
         let remembered = l1.len().min(image.tables.bound()).clamp(1, REMEMBERED);
         let remembered = (remembered + 1).next_power_of_two() / 2;
         let channel = Rc::new(Qcow2Channel {
             io: Io { local: local.clone(), file, data },
-            backing,
+            backing: RefCell::default(),
             l1: RefCell::new(l1),
             tables: RefCell::new((0..remembered).map(|_| None).collect()),
             slots: RefCell::default(),
             operations: Operations::default(),
             parked: RefCell::default(),
             is_parked: Cell::new(false),
+            is_without_below: Cell::new(false),
+            waiting: RefCell::default(),
             id: Cell::new(0),
             last: RefCell::new(None),
             age: Cell::new(0),
@@ -103,10 +111,36 @@ impl Qcow2Channel {
             _owner: owner,
         });
         let member: Rc<dyn Member> = channel.clone();
-        let (id, parked) = channel.image.members.enter(&member, local);
+        let Entered { id, parked, without_below } = channel.image.members.enter(&member, local);
         channel.id.set(id);
         channel.is_parked.set(parked);
+        // Whoever puts another image behind waits for a message that this thread handles afterwards.
+        if without_below {
+            channel.leave_below();
+        } else {
+            *channel.backing.borrow_mut() = channel.image.below.channel(local)?;
+        }
         Ok(channel)
+    }
+
+    /// The way to the image behind.
+    #[inline]
+    pub(super) fn below(&self) -> Option<Rc<dyn Channel>> {
+        self.backing.borrow().clone()
+    }
+
+    /// Begins work of the image's own, once nobody is alone with it. It is waited for as a request is.
+    pub(super) async fn begin(self: Rc<Self>) -> Busy {
+        poll_fn(|context| {
+            if !self.is_parked.get() {
+                return Poll::Ready(());
+            }
+            self.waiting.borrow_mut().push(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        let generation = self.operations.begin();
+        Busy { channel: self, generation }
     }
 
     /// Refuses what no disk could do.
@@ -209,9 +243,9 @@ impl Qcow2Channel {
     }
 
     fn read_below(self: Rc<Self>, request: Request) {
-        match &self.backing {
+        match self.below() {
             Some(backing) if request.offset + request.len <= self.image.backing_size() => {
-                let (backing, offset) = (backing.clone(), request.offset);
+                let offset = request.offset;
                 self.pass(&backing, request, offset);
             }
             Some(_) if request.offset < self.image.backing_size() => self.read_slowly(request),
@@ -289,7 +323,7 @@ impl Channel for Qcow2Channel {
         for request in parked {
             request.fail(Error::new(ErrorKind::Cancelled, "given up while it waited"));
         }
-        if let Some(backing) = &self.backing {
+        if let Some(backing) = self.below() {
             backing.cancel_waiting();
         }
         if !Rc::ptr_eq(&self.io.file, &self.io.data) {
@@ -326,8 +360,24 @@ impl Member for Qcow2Channel {
         self.operations.hold(token);
     }
 
+    fn leave_below(&self) {
+        self.is_without_below.set(true);
+        // Nobody reads from there now, and whoever does all the same must not take it for nothing.
+        let before = self.backing.replace(Some(Rc::new(Missing)));
+        drop(before);
+    }
+
     fn resume(self: Rc<Self>) {
+        if self.is_without_below.take() {
+            let below = self.image.below.channel(&self.io.local).unwrap_or_else(|error| {
+                tracing::error!("{}: the image behind cannot be read: {error}", self.image.label);
+                Some(Rc::new(Missing))
+            });
+            *self.backing.borrow_mut() = below;
+        }
         self.is_parked.set(false);
+        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+        waiting.into_iter().for_each(Waker::wake);
         *self.l1.borrow_mut() = self.image.l1();
         self.tables.borrow_mut().iter_mut().for_each(|table| *table = None);
         let parked = std::mem::take(&mut *self.parked.borrow_mut());

@@ -259,6 +259,18 @@ impl Image {
         });
     }
 
+    /// Gives back what waits for that, and waits until it is done, durably.
+    pub(super) async fn reclaim_all(self: &Arc<Self>, io: &Io) -> Result<()> {
+        // Those that others do are waited for as well.
+        let turn = self.hold_reclaims().await;
+        let freed = Freed::new(self, std::mem::take(&mut self.pending().reclaimable));
+        self.members.grace().await;
+        self.reclaim(io, freed).await?;
+        drop(turn);
+        self.progress.changed();
+        self.commit(io).await
+    }
+
     /// Waits for the tasks that give clusters back, and keeps others from being started.
     pub(super) async fn hold_reclaims(&self) -> RangeGuard {
         self.progress.reclaiming.lock(0..u64::MAX).await

@@ -49,6 +49,8 @@ pub struct Qcow2Options {
     /// The bitmaps of the image, for those who keep them while it is written to: also the keeper of a
     /// [`vbd_core::track::Tracked`] in front. Without it they become void when the image is opened for writing.
     pub bitmaps: Option<Kept>,
+    /// Note changes beside the image, so that a guest goes on over a kill of this process.
+    pub notes: bool,
 }
 
 impl Qcow2Options {
@@ -69,6 +71,7 @@ impl Qcow2Options {
             data_file: None,
             cache_bytes: None,
             bitmaps: None,
+            notes: true,
         }
     }
 
@@ -86,8 +89,9 @@ pub struct Qcow2 {
 
 impl Qcow2 {
     /// A disk on the image that `options` name. Nothing is opened yet.
-    pub fn new(options: Qcow2Options) -> Arc<Self> {
-        Arc::new(Qcow2 { options, shared: Arc::default(), session: Mutex::default() })
+    pub fn new(mut options: Qcow2Options) -> Arc<Self> {
+        let shared = Arc::new(Shared::new(options.backing.take()));
+        Arc::new(Qcow2 { options, shared, session: Mutex::default() })
     }
 
     fn open_now(&self) -> Result<Arc<Qcow2Session>> {
@@ -111,7 +115,8 @@ impl Qcow2 {
         backend.refresh()?;
         backend.drop_cached();
         let data_file = options.data_file.as_ref().map(|disk| disk.open()).transpose()?;
-        let backing = options.backing.as_ref().map(|disk| disk.open()).transpose()?;
+        let backing = self.shared.backing().clone();
+        let backing = backing.map(|disk| disk.open()).transpose()?;
         let place = Place { backend: backend.clone(), data_file: data_file.clone(), owner: Arc::new(()) };
         let opening = Opening { options: options.clone(), backend, data_file, backing };
         let image = service::run(place, move |io| async move {
@@ -269,6 +274,7 @@ impl Opening {
             l1: L1::new(l1.into_iter()),
             counts,
             cache_bytes: self.options.cache_bytes,
+            notes: self.options.notes,
         }))
     }
 

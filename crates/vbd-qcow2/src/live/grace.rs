@@ -118,7 +118,9 @@ impl Operations {
 pub(super) trait Member {
     /// Holds the token until what is under way has ended; parks new requests from now on if asked to.
     fn hold(&self, token: Token, park: bool);
-    /// Takes new requests again, and those that were parked. The tables may be others.
+    /// Gives up its way to the image behind, until it resumes. Nothing is under way.
+    fn leave_below(&self);
+    /// Takes new requests again, and those that were parked. The tables and the image behind may be others.
     fn resume(self: Rc<Self>);
 }
 
@@ -143,6 +145,18 @@ pub(super) struct Members {
 struct State {
     all: Vec<(Handle, u64)>,
     parked: bool,
+    /// No channel has a way to the image behind.
+    without_below: bool,
+}
+
+/// How a channel begins.
+pub(super) struct Entered {
+    /// Its number.
+    pub(super) id: u64,
+    /// It parks its requests until it is resumed.
+    pub(super) parked: bool,
+    /// It has no way to the image behind until it is resumed.
+    pub(super) without_below: bool,
 }
 
 impl Members {
@@ -150,14 +164,14 @@ impl Members {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a channel of this thread: its number, and whether it begins parked.
-    pub(super) fn enter(&self, channel: &Rc<dyn Member>, local: &Local) -> (u64, bool) {
+    /// Adds a channel of this thread.
+    pub(super) fn enter(&self, channel: &Rc<dyn Member>, local: &Local) -> Entered {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         MEMBERS.with_borrow_mut(|members| members.insert(id, Rc::downgrade(channel)));
         let mut state = self.state();
         state.all.push((local.handle(), id));
-        (id, state.parked)
+        Entered { id, parked: state.parked, without_below: state.without_below }
     }
 
     /// Takes a channel of this thread out, which has nothing under way.
@@ -190,6 +204,28 @@ impl Members {
         signal
     }
 
+    /// Has every channel give up its way to the image behind, and waits until they have. Only in the exclusive state,
+    /// with whose end they look for the one there is then.
+    pub(super) async fn leave_below(&self) {
+        let signal = Arc::new(Signal::default());
+        let token = Token(Arc::new(Last(signal.clone())));
+        {
+            let mut state = self.state();
+            state.without_below = true;
+            for (handle, id) in &state.all {
+                let (token, id) = (token.clone(), *id);
+                handle.post(move |_| {
+                    if let Some(member) = member(id) {
+                        member.leave_below();
+                    }
+                    drop(token);
+                });
+            }
+        }
+        drop(token);
+        signal.wait().await;
+    }
+
     /// Waits until every operation that is under way now, on any channel, has ended.
     pub(super) async fn grace(&self) {
         self.tokens(false).wait().await;
@@ -214,7 +250,7 @@ pub(super) struct Exclusive {
 impl Drop for Exclusive {
     fn drop(&mut self) {
         let mut state = self.members.state();
-        state.parked = false;
+        (state.parked, state.without_below) = (false, false);
         for (handle, id) in &state.all {
             let id = *id;
             handle.post(move |_| {

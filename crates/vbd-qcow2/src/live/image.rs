@@ -11,6 +11,7 @@ use vbd_core::memory::Buffer;
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Flags, Operation, Result, Session};
 
+use super::behind::Behind;
 use super::compress::Rest;
 use super::counts::{Counts, Run};
 use super::grace::Members;
@@ -32,7 +33,8 @@ pub(super) struct Image {
     pub(super) keep_space: bool,
     /// The external data file.
     pub(super) data_file: Option<Arc<dyn Session>>,
-    pub(super) backing: Option<Arc<dyn Session>>,
+    /// The image behind.
+    pub(super) below: Behind,
     header: Mutex<Header>,
     /// The virtual size in bytes.
     size: AtomicU64,
@@ -88,6 +90,8 @@ pub(super) struct Parts {
     pub(super) counts: Counts,
     /// Bytes that L2 tables in memory may take.
     pub(super) cache_bytes: Option<u64>,
+    /// Note changes beside the image.
+    pub(super) notes: bool,
 }
 
 impl Image {
@@ -105,7 +109,7 @@ impl Image {
             cache: parts.cache,
             keep_space: parts.keep_space,
             data_file: parts.data_file,
-            backing: parts.backing,
+            below: Behind::new(parts.backing),
             size: AtomicU64::new(header.size.next_multiple_of(512)),
             corrupt: AtomicBool::new(header.has(incompatible::CORRUPT)),
             header: Mutex::new(header),
@@ -117,7 +121,7 @@ impl Image {
             pending: Mutex::default(),
             progress: super::commit::Progress::default(),
             log: Log::default(),
-            log_started: AtomicBool::new(parts.read_only),
+            log_started: AtomicBool::new(parts.read_only || !parts.notes),
             log_starting: Arc::default(),
             path: parts.path,
             packing: Arc::default(),
@@ -164,7 +168,7 @@ impl Image {
 
     /// How many bytes of the disk the image behind it has.
     pub(super) fn backing_size(&self) -> u64 {
-        self.backing.as_ref().map_or(0, |backing| backing.geometry().size)
+        self.below.size()
     }
 
     pub(super) fn is_corrupt(&self) -> bool {
@@ -353,14 +357,22 @@ impl Image {
         {
             return Ok(table.clone());
         }
-        let Run { start, zeroed, .. } = self.allocate_table(io, 1).await?;
+        let run = self.allocate_table(io, 1).await?;
         let is_new = table.is_none();
         let table =
             table.unwrap_or_else(|| Arc::new(Table::new(index, &vec![0; self.layout.cluster_len()], false)));
         if is_new {
             self.tables.add(&table);
         }
-        let fresh = is_new && zeroed;
+        self.lead_to(l1, &table, run, is_new && run.zeroed);
+        Ok(table)
+    }
+
+    /// Has an entry of the L1 table lead to where its table is to be from now on. `fresh`: the table has nothing, and its
+    /// new place reads as that. The table is held, or nobody else uses the image.
+    pub(super) fn lead_to(&self, l1: &L1, table: &Arc<Table>, run: Run, fresh: bool) {
+        let (index, start) = (table.index, run.start);
+        let old = l1.get(index);
         {
             // At once for commits: one that found the table without its place would write it where it is not, and one that
             // found the place without its table would write an entry that leads nowhere yet.
@@ -381,7 +393,6 @@ impl Image {
             }
         }
         self.progress.changed();
-        Ok(table)
     }
 
     /// Puts a table on the list of those that are written next, after its pieces were marked.

@@ -5,17 +5,21 @@
 //! to one run of the file on as it is; the others become tasks ([`read`], [`mod@write`], [`space`]). [`grace`] says when
 //! nobody uses a cluster any more, and when nobody does anything. `docs/qcow2.md` tells the whole story.
 
+mod behind;
 mod channel;
 mod commit;
+mod compact;
 mod compress;
 mod compressed;
 mod counts;
 mod disk;
+mod flatten;
 mod grace;
 mod image;
 mod io;
 mod log;
 mod map;
+mod merge;
 mod offers;
 mod read;
 mod replay;
@@ -26,6 +30,7 @@ mod set;
 mod snapshot;
 mod space;
 mod walk;
+mod worker;
 mod write;
 
 pub use disk::{Qcow2, Qcow2Options};

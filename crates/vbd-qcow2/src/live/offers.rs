@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vbd_core::{Error, ErrorKind, Layer, LayerExtent, Live, Result, Snapshot};
+use vbd_core::{Commit, Error, ErrorKind, Layer, LayerExtent, Live, Result, Snapshot, Watch};
 
 use super::image::Image;
 use super::io::{Io, corrupt};
@@ -47,6 +47,18 @@ impl Live for Qcow2Session {
 
     fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<bool> {
         self.compressor.write(self.image(), offset, data).map_err(|error| error.of(self.label()))
+    }
+
+    fn flatten(&self, watch: &dyn Watch) -> Result<u64> {
+        self.flatten_while_served(watch).map_err(|error| error.of(self.label()))
+    }
+
+    fn commit(&self, commit: Commit, watch: &dyn Watch) -> Result<u64> {
+        self.commit_while_served(commit, watch).map_err(|error| error.of(self.label()))
+    }
+
+    fn compact(&self, watch: &dyn Watch) -> Result<(u64, u64)> {
+        self.compact_while_served(watch).map_err(|error| error.of(self.label()))
     }
 }
 

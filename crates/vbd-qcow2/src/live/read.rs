@@ -76,12 +76,18 @@ impl Qcow2Channel {
     }
 
     /// What the image behind has, and zeroes where that ends.
-    fn start_below(&self, offset: u64, (skip, len): (u64, u64), target: &Target, parts: &mut Vec<Part>) {
+    pub(super) fn start_below(
+        &self,
+        offset: u64,
+        (skip, len): (u64, u64),
+        target: &Target,
+        parts: &mut Vec<Part>,
+    ) {
         let there = self.image.backing_size().saturating_sub(offset + skip).min(len);
         target.zero(skip + there, len - there);
-        if let Some(backing) = self.backing.as_ref().filter(|_| there > 0) {
+        if let Some(backing) = self.below().filter(|_| there > 0) {
             let (memory, guard) = (target.part(skip, there), target.guard.clone());
-            parts.push(Box::pin(self.io.transfer(backing, Operation::Read, offset + skip, memory, guard)));
+            parts.push(Box::pin(self.io.transfer(&backing, Operation::Read, offset + skip, memory, guard)));
         }
     }
 }

@@ -1,10 +1,10 @@
 //! An image that is open: its lease is held until the last channel is gone and what was in memory is on the disk.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vbd_core::{
-    Capabilities, Channel, Error, ErrorKind, Event, Flags, Geometry, Live, Result, Session, Statistics,
+    Capabilities, Channel, Disk, Error, ErrorKind, Event, Flags, Geometry, Live, Result, Session, Statistics,
     Watchers,
 };
 use vbd_image::lease::Lease;
@@ -28,6 +28,18 @@ const MOST: u64 = 2 << 30;
 pub(super) struct Shared {
     pub(super) statistics: Statistics,
     pub(super) watchers: Watchers,
+    /// The image behind, for the next session. None once the image stands alone.
+    backing: Mutex<Option<Arc<dyn Disk>>>,
+}
+
+impl Shared {
+    pub(super) fn new(backing: Option<Arc<dyn Disk>>) -> Self {
+        Shared { backing: Mutex::new(backing), ..Shared::default() }
+    }
+
+    pub(super) fn backing(&self) -> MutexGuard<'_, Option<Arc<dyn Disk>>> {
+        self.backing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// An open image.
@@ -51,6 +63,10 @@ impl Qcow2Session {
 
     pub(super) fn image(&self) -> &Arc<Image> {
         &self.image
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     pub(super) fn label(&self) -> &str {

@@ -407,7 +407,7 @@ impl Image {
     }
 
     /// Writes an L1 table to new clusters, durably. Nothing leads there yet.
-    async fn write_l1_copy(&self, io: &Io, entries: &[L1Entry], alone: &Alone) -> Result<Run> {
+    pub(super) async fn write_l1_copy(&self, io: &Io, entries: &[L1Entry], alone: &Alone) -> Result<Run> {
         self.write_table(io, &l1_bytes(entries), alone).await
     }
 
@@ -460,7 +460,7 @@ impl Image {
 
     /// Changes a field of the header durably. Where that fails nobody knows which tables are valid, so nothing more is
     /// written.
-    async fn switch(&self, io: &Io, offset: u64, field: &[u8]) -> Result<()> {
+    pub(super) async fn switch(&self, io: &Io, offset: u64, field: &[u8]) -> Result<()> {
         let written = async {
             self.write_header_field(io, offset, field).await?;
             self.sync_file(io).await
@@ -500,14 +500,14 @@ fn l1_bytes(entries: &[L1Entry]) -> Vec<u8> {
 }
 
 /// Nobody uses the image, nothing is pending, and nothing runs.
-struct Alone {
+pub(super) struct Alone {
     quiet: Quiet,
     _reclaims: RangeGuard,
     _exclusive: Exclusive,
 }
 
 impl Alone {
-    async fn new(image: &Arc<Image>, io: &Io) -> Result<Self> {
+    pub(super) async fn new(image: &Arc<Image>, io: &Io) -> Result<Self> {
         if image.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only"));
         }

@@ -282,13 +282,18 @@ impl Qcow2Channel {
     }
 
     /// What the image behind says of a range, and how many bytes of it.
-    async fn extents_below(&self, offset: u64, len: u64, extents: &mut Vec<Extent>) -> Result<u64> {
+    pub(super) async fn extents_below(
+        &self,
+        offset: u64,
+        len: u64,
+        extents: &mut Vec<Extent>,
+    ) -> Result<u64> {
         let there = self.image.backing_size().saturating_sub(offset).min(len);
-        let Some(backing) = self.backing.as_ref().filter(|_| there > 0) else {
+        let Some(backing) = self.below().filter(|_| there > 0) else {
             add(extents, len, ExtentKind::Hole);
             return Ok(len);
         };
-        let answer = ask(backing, Ask::new(Operation::Extents, offset, there), self.io.local.now()).await?;
+        let answer = ask(&backing, Ask::new(Operation::Extents, offset, there), self.io.local.now()).await?;
         let mut told = 0;
         for extent in answer {
             let len = extent.len.min(there - told);

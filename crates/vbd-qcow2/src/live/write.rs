@@ -29,6 +29,15 @@ enum Need {
     Prepared(u64),
 }
 
+/// What may be written to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Where {
+    /// All.
+    Anywhere,
+    /// What the image leaves to the one behind it.
+    Below,
+}
+
 /// Clusters that were taken and that nothing leads to yet.
 struct Unpublished<'a> {
     image: &'a Image,
@@ -100,28 +109,57 @@ impl Qcow2Channel {
                     done += part;
                 }
                 Span::Bad(error) => return Err(self.image.corrupted(&self.io, &error.to_string())),
-                _ => done += self.write_new(offset + done, len - done, (source, done)).await?,
+                _ => {
+                    done +=
+                        self.write_new(offset + done, len - done, (source, done), Where::Anywhere).await?.0
+                }
             }
         }
         Ok(())
     }
 
+    /// Writes memory to a range of the disk, but only where the image holds nothing: how many bytes were written.
+    pub(super) async fn write_if_below(&self, offset: u64, len: u64, source: &Target) -> Result<u64> {
+        let (mut done, mut written) = (0, 0);
+        while done < len {
+            let (wrote, passed) =
+                self.write_new(offset + done, len - done, (source, done), Where::Below).await?;
+            written += wrote;
+            done += wrote + passed;
+        }
+        Ok(written)
+    }
+
     /// Writes to the first clusters of a range that have none of their own: how many bytes were written, which is 0 where
-    /// somebody else was quicker.
-    async fn write_new(&self, offset: u64, most: u64, (source, skip): (&Target, u64)) -> Result<u64> {
+    /// somebody else was quicker, and how many are not to be.
+    async fn write_new(
+        &self,
+        offset: u64,
+        most: u64,
+        (source, skip): (&Target, u64),
+        to: Where,
+    ) -> Result<(u64, u64)> {
         let (image, layout) = (&*self.image, &self.image.layout);
         let (bits, l1) = (layout.cluster_bits, self.l1());
         let table_end = ((offset >> layout.l2_span_bits()) + 1) << layout.l2_span_bits();
-        let end = (offset + most).min(table_end);
+        let mut end = (offset + most).min(table_end);
         let (first, last) = (offset >> bits, (end - 1) >> bits);
         let _turn = image.clusters.lock(first..last + 1).await;
         image.check_writable()?;
         let table = image.own_table(&self.io, &l1, offset).await?;
         let index = index_of(layout, offset);
+        if to == Where::Below {
+            let (span, len) = image.span(&self.io, &l1, offset, end - offset).await?;
+            if span != Span::Below {
+                return Ok((0, len));
+            }
+            end = offset + len;
+        }
+        let last = (end - 1) >> bits;
         let (need, uniform) = self.need(&table, offset)?;
         let mut taken = Unpublished { image, run: None };
         let plan = match need {
-            Need::Nothing => return Ok(0),
+            Need::Nothing => return Ok((0, 0)),
             Need::Prepared(host) => {
                 let stop = end.min(offset + uniform);
                 self.plan(&table, (offset, stop), (host, false))
@@ -157,7 +195,7 @@ impl Qcow2Channel {
         if need == Need::New {
             old.iter().for_each(|old| image.free(image.referred(*old)));
         }
-        Ok(plan.stop - plan.begin)
+        Ok((plan.stop - plan.begin, 0))
     }
 
     /// What a cluster needs to be written to at an offset, and for how many bytes from there on it is in the same state.

@@ -5,6 +5,7 @@
 //! blocks that nobody has looked at yet, and by growing the file.
 
 mod blocks;
+mod cut;
 mod many;
 mod reclaim;
 mod refill;
