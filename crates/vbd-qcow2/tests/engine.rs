@@ -373,6 +373,22 @@ fn writes_that_a_killed_process_completed_are_there() {
     }
 }
 
+#[test]
+fn notes_that_were_begun_go_when_nothing_was_written() {
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let path = dir.path().join("image.qcow2");
+    Shape::plain(1 << 20).create(&path, None);
+    let before = std::fs::read(&path).expect("there");
+    let session = Qcow2::new(Qcow2Options::new(&path)).open().expect("an image");
+    assert!(session.keeps_unflushed() && dir.path().join(".image.qcow2.changes").exists());
+    drop(session);
+    assert!(!dir.path().join(".image.qcow2.changes").exists());
+    assert!(
+        std::fs::read(&path).expect("there")[..512] == before[..512],
+        "the header says that there are some"
+    );
+}
+
 const KILLED_SIZE: u64 = 3 << 20;
 
 /// A write by its number.

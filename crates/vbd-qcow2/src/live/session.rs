@@ -176,9 +176,8 @@ impl Drop for Qcow2Session {
         if image.read_only || image.progress.check().is_err() {
             return;
         }
-        if (!image.progress.is_untouched() || image.counts.are_dirty())
-            && let Err(error) = self.run(|image, io| async move { image.close(&io).await })
-        {
+        let has_work = !image.progress.is_untouched() || image.counts.are_dirty() || image.log.is_on();
+        if has_work && let Err(error) = self.run(|image, io| async move { image.close(&io).await }) {
             tracing::error!(
                 "{}: cannot be closed cleanly: {error}; check it before it is used again",
                 image.label
