@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 pub use disk::{Asked, Behaviour, MemDisk};
 pub use failing::{Failing, with_failing};
-pub use mount::unmount;
+pub use mount::Mounted;
 pub use random::{Random, seeds};
 
 /// Waits for something that another thread does; a test hangs on a bug no longer than this.

@@ -88,11 +88,10 @@ fn of_our_writer() {
 fn of_the_kernel() {
     use crate::tools::look;
     let directory = tempfile::tempdir().unwrap();
-    let (image, point) = (directory.path().join("image"), directory.path().join("mnt"));
-    std::fs::create_dir(&point).unwrap();
-    let point = point.to_str().unwrap();
+    let image = directory.path().join("image");
     mke2fs(&image, 200 * MIB, &["-t", "ext4"], None);
-    run("mount", &["-o", "loop", image.to_str().unwrap(), point]);
+    let mounted = vbd_testing::Mounted::new(&image, "rw");
+    let point = mounted.path().display();
     let script = format!(
         "cd {point}; mkdir -p a/b/c many; for n in $(seq 700); do echo $n > many/a_rather_long_name_of_a_file_$n; done; \
          dd if=/dev/zero of=big bs=1M count=20 status=none; fallocate -l 5M reserved; ln big again; rm -r a/b; \
@@ -102,7 +101,7 @@ fn of_the_kernel() {
     run("sh", &["-c", &script]);
     let copy = directory.path().join("copy");
     std::fs::copy(&image, &copy).unwrap();
-    vbd_testing::unmount(std::path::Path::new(point), &image);
+    drop(mounted);
     is_clean(&image, "the kernel");
     let unclean = look(&copy);
     assert!(unclean.is_clean(), "{unclean:#?}");

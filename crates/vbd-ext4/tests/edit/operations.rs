@@ -267,12 +267,5 @@ fn in_turns_with_the_kernel() {
 }
 
 pub(crate) fn with_mounted(image: &Path, look: impl FnOnce(&Path)) {
-    let place = tempfile::tempdir().unwrap();
-    let text = place.path().to_str().unwrap();
-    run("mount", &["-o", "loop", image.to_str().unwrap(), text]);
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(place.path())));
-    vbd_testing::unmount(place.path(), image);
-    if let Err(panic) = result {
-        std::panic::resume_unwind(panic);
-    }
+    look(vbd_testing::Mounted::new(image, "rw").path());
 }

@@ -5,37 +5,16 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use vbd_ext4::read::{Error, Filesystem, Links, Options, Part};
+use vbd_testing::Mounted;
 
 use crate::sample::{self, same};
 use crate::support::{image, open, run, text};
-
-/// A filesystem that is mounted until it is dropped.
-struct Mounted {
-    image: PathBuf,
-    at: PathBuf,
-}
-
-impl Mounted {
-    #[track_caller]
-    fn new(image: &Path, options: &str) -> Mounted {
-        let at = image.with_extension("mounted");
-        fs::create_dir_all(&at).unwrap();
-        run("mount", &["-o", &format!("loop,{options}"), text(image), text(&at)]);
-        Mounted { image: image.to_owned(), at }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        vbd_testing::unmount(&self.at, &self.image);
-    }
-}
 
 /// Compares an image with what the kernel shows of it.
 #[track_caller]
 fn compare(filesystem: &Filesystem, image: &Path) {
     let mounted = Mounted::new(image, "ro");
-    same(sample::of_host(&mounted.at), sample::of_image(filesystem), |_, _| {});
+    same(sample::of_host(mounted.path()), sample::of_image(filesystem), |_, _| {});
 }
 
 #[test]
@@ -51,7 +30,7 @@ fn all_that_the_kernel_writes() {
         let image = image(directory.path(), None, "80M", arguments);
         {
             let mounted = Mounted::new(&image, "user_xattr,acl");
-            let tree = mounted.at.join("tree");
+            let tree = mounted.path().join("tree");
             fs::create_dir(&tree).unwrap();
             sample::fill(&tree);
             sample::decorate(&tree);
@@ -87,7 +66,7 @@ fn all_that_the_kernel_writes() {
 fn cut(mounted: &Mounted, image: &Path, name: &str) -> PathBuf {
     let copy = image.with_file_name(name);
     // What is committed is in the journal; nothing is asked to be in its place.
-    File::open(mounted.at.join("marker")).unwrap().sync_all().unwrap();
+    File::open(mounted.path().join("marker")).unwrap().sync_all().unwrap();
     run("cp", &["--sparse=always", text(image), text(&copy)]);
     copy
 }
@@ -134,7 +113,7 @@ fn a_journal_that_was_not_replayed() {
         let image = image(directory.path(), None, "120M", arguments);
         let copy = {
             let mounted = Mounted::new(&image, options);
-            changes(&mounted.at);
+            changes(mounted.path());
             cut(&mounted, &image, "copy")
         };
         let filesystem = open(&copy).unwrap_or_else(|error| panic!("{arguments:?} {options}: {error}"));
@@ -152,7 +131,7 @@ fn a_journal_that_was_not_replayed() {
         assert!(fs::read(&copy).unwrap() == before, "the image was written to");
         // Mounting it replays the journal.
         let mounted = Mounted::new(&copy, "rw");
-        same(sample::of_host(&mounted.at), ours, |_, _| {});
+        same(sample::of_host(mounted.path()), ours, |_, _| {});
     }
 }
 
@@ -162,9 +141,9 @@ fn fast_commits_are_refused_or_nothing_is_lost() {
     let image = image(directory.path(), None, "80M", &["-t", "ext4", "-b", "4096", "-O", "fast_commit"]);
     let copy = {
         let mounted = Mounted::new(&image, "commit=300");
-        File::create(mounted.at.join("marker")).unwrap().sync_all().unwrap();
+        File::create(mounted.path().join("marker")).unwrap().sync_all().unwrap();
         for number in 0..20 {
-            let file = File::create(mounted.at.join(format!("file {number}"))).unwrap();
+            let file = File::create(mounted.path().join(format!("file {number}"))).unwrap();
             file.write_all_at(b"content", 0).unwrap();
             file.sync_all().unwrap();
         }
@@ -179,7 +158,7 @@ fn fast_commits_are_refused_or_nothing_is_lost() {
         Ok(filesystem) => {
             let ours = sample::of_image(&filesystem);
             let mounted = Mounted::new(&copy, "rw");
-            same(sample::of_host(&mounted.at), ours, |_, _| {});
+            same(sample::of_host(mounted.path()), ours, |_, _| {});
         }
     }
 }
@@ -191,9 +170,9 @@ fn a_damaged_journal() {
     let image = image(directory.path(), None, "80M", &["-t", "ext4", "-b", "4096"]);
     let copy = {
         let mounted = Mounted::new(&image, "commit=300");
-        File::create(mounted.at.join("marker")).unwrap().sync_all().unwrap();
+        File::create(mounted.path().join("marker")).unwrap().sync_all().unwrap();
         for number in 0..20 {
-            let file = File::create(mounted.at.join(format!("file {number}"))).unwrap();
+            let file = File::create(mounted.path().join(format!("file {number}"))).unwrap();
             file.write_all_at(b"content", 0).unwrap();
             file.sync_all().unwrap();
         }

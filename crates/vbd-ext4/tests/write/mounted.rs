@@ -6,38 +6,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
+pub(crate) use vbd_testing::Mounted;
 
 use crate::model::{BLOCK, Data, Entry, Kind};
-use crate::tools::run;
-
-/// A filesystem mounted until dropped.
-pub(crate) struct Mounted {
-    place: TempDir,
-    image: PathBuf,
-}
-
-impl Mounted {
-    pub(crate) fn new(image: &Path, options: &str) -> Mounted {
-        let place = tempfile::tempdir().unwrap();
-        let options = format!("loop,{options}");
-        run(
-            "mount",
-            &["-t", "ext4", "-o", &options, image.to_str().unwrap(), place.path().to_str().unwrap()],
-        );
-        Mounted { place, image: image.to_owned() }
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        self.place.path()
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        vbd_testing::unmount(self.place.path(), &self.image);
-    }
-}
 
 fn xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut names = vec![0u8; 65536];

@@ -205,7 +205,7 @@ fn what_is_mounted_in_a_tree_and_the_image_in_it_are_left_out() {
         std::fs::create_dir_all(tree.join("mounted")).unwrap();
         std::fs::create_dir_all(tree.join("var/cache/x")).unwrap();
         std::fs::write(tree.join("var/keep"), b"kept").unwrap();
-        let _mounted = setting::Mounted::new(tree.join("mounted"), "size=1m");
+        let _mounted = vbd_testing::Mounted::in_memory(&tree.join("mounted"), "size=1m");
         std::fs::write(tree.join("mounted/inside"), b"not on this filesystem").unwrap();
         let file = tree.join("disk");
         std::fs::write(&file, b"old").unwrap();

@@ -9,35 +9,17 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustix::fs::{CWD, FileType, Mode};
 use vbd_fs::BuildOptions;
+use vbd_testing::Mounted;
 
 use super::compare::assert_same;
 use super::sample::{self, noise};
 use super::setting::{MIB, Scratch, build, is_root, options, with_own_mounts};
 use super::{image, setting};
 
-/// An image that is mounted.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(file: &Path, at: PathBuf, options: &str) -> Mounted {
-        fs::create_dir_all(&at).unwrap();
-        let mounted = Command::new("mount").args(["-o", options]).arg(file).arg(&at).status().unwrap();
-        assert!(mounted.success(), "mount -o {options}");
-        Mounted(at)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg(&self.0).status();
-        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
-    }
-}
-
 /// Fails unless the kernel finds in the image what is in the tree.
 fn assert_kernel_finds(tree: &Path, file: &Path, at: PathBuf) {
-    let mounted = Mounted::new(file, at, "loop,ro");
-    let mut found = sample::read(&mounted.0);
+    let mounted = Mounted::at(file, &at, "ro");
+    let mut found = sample::read(mounted.path());
     assert!(found.remove(&b"lost+found"[..]).is_some());
     assert_same(&sample::read(tree), &found);
 }
@@ -184,8 +166,8 @@ fn the_kernel_finds_the_sample_and_a_large_directory() {
         image::check(&file);
         assert_kernel_finds(&tree, &file, scratch.path("mounted"));
         // Each is found by its name, which is the index's work.
-        let mounted = Mounted::new(&file, scratch.path("mounted"), "loop,ro");
-        let found = |i| mounted.0.join(format!("many/a name of some length, number {i}")).exists();
+        let mounted = Mounted::at(&file, &scratch.path("mounted"), "ro");
+        let found = |i| mounted.path().join(format!("many/a name of some length, number {i}")).exists();
         assert!((0..20_000).all(found));
     });
 }
@@ -196,7 +178,7 @@ fn sharing(scratch: &Scratch, make: &[&str]) -> Mounted {
     fs::File::create(&file).unwrap().set_len(2 << 30).unwrap();
     let made = Command::new(make[0]).args(&make[1..]).arg(&file).output().unwrap();
     assert!(made.status.success(), "{make:?}: {}", String::from_utf8_lossy(&made.stderr));
-    Mounted::new(&file, scratch.path("hosted"), "loop")
+    Mounted::at(&file, &scratch.path("hosted"), "rw")
 }
 
 fn used(at: &Path) -> u64 {
@@ -212,16 +194,16 @@ fn shares(name: &str, mkfs: &[&str]) {
     with_own_mounts(name, || {
         let scratch = Scratch::new();
         let host = sharing(&scratch, mkfs);
-        let tree = host.0.join("tree");
+        let tree = host.path().join("tree");
         fs::create_dir(&tree).unwrap();
         sample::make(&tree);
         // Whole blocks, a tail, and holes.
         fs::write(tree.join("large"), noise((40 << 20) + 1234)).unwrap();
         fs::write(tree.join("whole"), noise(1 << 20)).unwrap();
-        let file = host.0.join("disk");
-        let before = used(&host.0);
+        let file = host.path().join("disk");
+        let before = used(host.path());
         let report = build(&file, &BuildOptions { verify: true, ..options(256 * MIB, &tree) }).unwrap();
-        let taken = used(&host.0) - before;
+        let taken = used(host.path()) - before;
         assert!(fs::metadata(&file).unwrap().blocks() * 512 > 40 * MIB);
         assert!(taken < 20 * MIB, "{taken} bytes were taken");
         assert!(report.counts.bytes > 40 * MIB);
@@ -230,10 +212,10 @@ fn shares(name: &str, mkfs: &[&str]) {
         // And a copy takes as much as it holds.
         let mut copied = options(256 * MIB, &tree);
         copied.spec.reflink = vbd_fs::Sharing::Never;
-        let before = used(&host.0);
-        build(&host.0.join("copy"), &copied).unwrap();
-        assert!(used(&host.0) - before > 40 * MIB);
-        assert_eq!(setting::names(&host.0).iter().filter(|name| name.starts_with('.')).count(), 0);
+        let before = used(host.path());
+        build(&host.path().join("copy"), &copied).unwrap();
+        assert!(used(host.path()) - before > 40 * MIB);
+        assert_eq!(setting::names(host.path()).iter().filter(|name| name.starts_with('.')).count(), 0);
     });
 }
 
@@ -296,8 +278,8 @@ fn the_kernel_swaps_to_the_file_that_was_made_for_it() {
     with_own_mounts("kernel::the_kernel_swaps_to_the_file_that_was_made_for_it", || {
         let scratch = Scratch::new();
         let file = with_swap_file(&scratch, |_| {});
-        let mounted = Mounted::new(&file, scratch.path("mounted"), "loop");
-        let swap = mounted.0.join("swapfile");
+        let mounted = Mounted::at(&file, &scratch.path("mounted"), "rw");
+        let swap = mounted.path().join("swapfile");
         let on = Command::new("swapon").arg(&swap).output().unwrap();
         let listed = fs::read_to_string("/proc/swaps").unwrap();
         if on.status.success() {

@@ -8,7 +8,7 @@ use vbd_fs::{Error, ImageSize, Progress, Shortage, Step};
 
 use super::image;
 use super::sample::noise;
-use super::setting::{MIB, Mounted, Scratch, as_ordinary_user, build, build_with, options, with_own_mounts};
+use super::setting::{MIB, Scratch, as_ordinary_user, build, build_with, options, with_own_mounts};
 
 /// Remembers which steps were taken.
 #[derive(Default)]
@@ -125,7 +125,7 @@ fn a_full_host_is_said_to_be_full() {
         let (tree, small) = (scratch.path("tree"), scratch.path("small"));
         fill(&tree, 8, 1 << 20);
         std::fs::create_dir(&small).unwrap();
-        let _mounted = Mounted::new(small.clone(), "size=6m");
+        let _mounted = vbd_testing::Mounted::in_memory(&small, "size=6m");
         let error = build(&small.join("disk"), &options(64 * MIB, &tree)).unwrap_err();
         assert!(error.to_string().contains("No space left on device"), "{error}");
         assert_eq!(super::setting::names(&small), Vec::<String>::new());

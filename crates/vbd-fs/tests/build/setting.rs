@@ -63,26 +63,6 @@ pub(crate) fn with_own_mounts(name: &str, work: impl FnOnce()) {
     again(&mut command, name, &Scratch::new());
 }
 
-/// A filesystem in memory, unmounted when dropped.
-pub(crate) struct Mounted(PathBuf);
-
-impl Mounted {
-    /// Mounts one in the directory `at`, with these options.
-    pub(crate) fn new(at: PathBuf, options: &str) -> Mounted {
-        let mut mount = Command::new("mount");
-        let mounted = mount.args(["-t", "tmpfs", "-o", options, "none"]).arg(&at).status().unwrap();
-        assert!(mounted.success());
-        Mounted(at)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg(&self.0).status();
-        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
-    }
-}
-
 /// Runs one test of this program again, by another program. It may be where others cannot read: a copy is run.
 fn again(command: &mut Command, name: &str, scratch: &Scratch) {
     let copy = scratch.path("test");
