@@ -1,6 +1,5 @@
 //! A plan as the root that tailoring changes: no path and no link leads out of it.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -10,7 +9,7 @@ use std::path::Path;
 use super::{Body, Data, Directory, Gather, NodeId};
 use crate::entry::Content;
 use crate::error::Context;
-use crate::tailor::{Attributes, Kind, LINKS, Root, TEXT};
+use crate::tailor::{Attributes, End, Kind, Names, Root, TEXT, follow};
 use crate::{Error, Meta, Result, Silent};
 
 /// Content up to this many bytes stays in memory.
@@ -26,50 +25,10 @@ struct Place {
 
 impl Gather<'_> {
     fn find(&self, path: &str, follow_last: bool) -> io::Result<Place> {
-        let plan = &self.plan;
-        let mut todo = parts(path.as_bytes());
-        // The directories from the root to here: `..` goes back, and never beyond the first.
-        let mut above = vec![plan.root()];
-        let mut links = 0;
-        while let Some(name) = todo.pop_front() {
-            if name == b"." {
-                continue;
-            }
-            if name == b".." {
-                if above.len() > 1 {
-                    above.pop();
-                }
-                continue;
-            }
-            let directory = above[above.len() - 1];
-            let Some(found) = plan.lookup(directory, &name).map(|name| plan.target(name)) else {
-                if todo.is_empty() {
-                    return Ok(Place { directory, name, found: None });
-                }
-                return Err(io::Error::from_raw_os_error(libc::ENOENT));
-            };
-            match &plan.node(found).body {
-                Body::Symlink(target) if follow_last || !todo.is_empty() => {
-                    links += 1;
-                    if links > LINKS {
-                        return Err(io::Error::from_raw_os_error(libc::ELOOP));
-                    }
-                    let target = plan.text(*target);
-                    if target.starts_with(b"/") {
-                        above.truncate(1);
-                    }
-                    for part in parts(target).into_iter().rev() {
-                        todo.push_front(part);
-                    }
-                }
-                _ if todo.is_empty() => return Ok(Place { directory, name, found: Some(found) }),
-                Body::Directory(_) => above.push(found),
-                _ => return Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
-            }
-        }
-        // The path ends in a directory that was walked through: `/`, or a link to `..`.
-        let found = above.pop().unwrap_or(plan.root());
-        Ok(Place { directory: found, name: Vec::new(), found: Some(found) })
+        Ok(match follow(self, path, follow_last)? {
+            End::Name(directory, name, found) => Place { directory, name, found },
+            End::Directory(found) => Place { directory: found, name: Vec::new(), found: Some(found) },
+        })
     }
 
     /// As [`Gather::find`], where nothing, or nothing above it, is no error.
@@ -83,16 +42,7 @@ impl Gather<'_> {
 
     fn look_with(&self, path: &str, follow_last: bool) -> Result<Option<Attributes>> {
         let found = self.find_any(path, follow_last)?.and_then(|place| place.found);
-        Ok(found.map(|found| {
-            let node = self.plan.node(found);
-            let kind = match &node.body {
-                Body::File { .. } => Kind::File,
-                Body::Directory(_) => Kind::Directory,
-                Body::Symlink(_) => Kind::Link,
-                Body::Device { .. } => Kind::Special,
-            };
-            Attributes { kind, meta: node.meta }
-        }))
+        Ok(found.map(|found| Attributes { kind: self.kind(&found), meta: self.plan.node(found).meta }))
     }
 
     fn place_to_make(&self, path: &str) -> Result<Place> {
@@ -135,8 +85,37 @@ impl Gather<'_> {
     }
 }
 
-fn parts(path: &[u8]) -> VecDeque<Vec<u8>> {
-    path.split(|&b| b == b'/').filter(|p| !p.is_empty()).map(<[u8]>::to_vec).collect()
+impl Names for Gather<'_> {
+    type Directory = NodeId;
+    type Found = NodeId;
+
+    fn root(&self) -> io::Result<NodeId> {
+        Ok(self.plan.root())
+    }
+
+    fn entry(&self, directory: &NodeId, name: &[u8]) -> io::Result<Option<NodeId>> {
+        Ok(self.plan.lookup(*directory, name).map(|name| self.plan.target(name)))
+    }
+
+    fn kind(&self, found: &NodeId) -> Kind {
+        match &self.plan.node(*found).body {
+            Body::File { .. } => Kind::File,
+            Body::Directory(_) => Kind::Directory,
+            Body::Symlink(_) => Kind::Link,
+            Body::Device { .. } => Kind::Special,
+        }
+    }
+
+    fn target(&self, _: &NodeId, _: &[u8], found: &NodeId) -> io::Result<Vec<u8>> {
+        match &self.plan.node(*found).body {
+            Body::Symlink(target) => Ok(self.plan.text(*target).to_vec()),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+    }
+
+    fn enter(&self, _: &NodeId, _: &[u8], found: &NodeId) -> io::Result<NodeId> {
+        Ok(*found)
+    }
 }
 
 impl Root for Gather<'_> {

@@ -4,6 +4,7 @@
 
 mod accounts;
 mod files;
+mod follow;
 mod fstab;
 mod grub;
 mod identity;
@@ -15,10 +16,11 @@ mod types;
 
 use crate::{Error, Filesystem, Meta, Result};
 
+pub(crate) use follow::{End, Names, follow};
 pub(crate) use identity::check_hostname;
 pub use image::ImageRoot;
 pub use root::{Attributes, Kind, Root};
-pub(crate) use root::{LINKS, TEXT, TreeRoot};
+pub(crate) use root::{TEXT, TreeRoot};
 pub use types::{CopyIn, Mount, Network, Tailor, Text, User};
 
 impl Tailor {

@@ -1,22 +1,20 @@
 //! Where tailoring writes: a tree's root that no path and no link leads out of.
 
-use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::follow::{End, Names, follow};
 use crate::error::Context;
 use crate::sys::{self, Stat, View};
 use crate::tree::set_time;
 use crate::{Error, Meta, Result};
 
-/// How many links a path may lead through, as in the kernel.
-pub(crate) const LINKS: u32 = 40;
 /// The largest file that is read whole: those that are edited are text.
 pub(crate) const TEXT: u64 = 16 << 20;
 
@@ -81,55 +79,14 @@ impl TreeRoot {
         TreeRoot { root }
     }
 
-    /// Walks a path name by name, each opened without following links, which are taken apart here.
     fn find(&self, path: &str, follow_last: bool) -> io::Result<Place> {
-        let mut todo: VecDeque<OsString> = parts(path.as_bytes());
-        // The directories from the root to here: `..` goes back, and never beyond the first.
-        let mut above: Vec<OwnedFd> = vec![self.root.try_clone()?];
-        let mut links = 0;
-        while let Some(name) = todo.pop_front() {
-            if name == "." {
-                continue;
+        Ok(match follow(self, path, follow_last)? {
+            End::Name(directory, name, stat) => Place { directory, name: OsString::from_vec(name), stat },
+            End::Directory(directory) => {
+                let stat = sys::stat_at(directory.as_fd(), OsStr::new(""), View::Library)?;
+                Place { directory, name: OsString::from("."), stat: Some(stat) }
             }
-            if name == ".." {
-                if above.len() > 1 {
-                    above.pop();
-                }
-                continue;
-            }
-            let here = above[above.len() - 1].as_fd();
-            let stat = match sys::stat_at(here, &name, View::Library) {
-                Ok(stat) => stat,
-                Err(e) if e.kind() == io::ErrorKind::NotFound && todo.is_empty() => {
-                    return Ok(Place { directory: here.try_clone_to_owned()?, name, stat: None });
-                }
-                Err(e) => return Err(e),
-            };
-            if stat.is_symlink() && (follow_last || !todo.is_empty()) {
-                links += 1;
-                if links > LINKS {
-                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
-                }
-                let target = rustix::fs::readlinkat(here, &name, Vec::new())?.into_bytes();
-                if target.starts_with(b"/") {
-                    above.truncate(1);
-                }
-                for part in parts(&target).into_iter().rev() {
-                    todo.push_front(part);
-                }
-            } else if stat.is_dir() && !todo.is_empty() {
-                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                above.push(rustix::fs::openat(here, &name, flags, Mode::empty())?);
-            } else if todo.is_empty() {
-                return Ok(Place { directory: here.try_clone_to_owned()?, name, stat: Some(stat) });
-            } else {
-                return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
-            }
-        }
-        // The path ends in a directory that was walked through: `/`, or a link to `..`.
-        let directory = above.pop().map_or_else(|| self.root.try_clone(), Ok)?;
-        let stat = sys::stat_at(directory.as_fd(), OsStr::new(""), View::Library)?;
-        Ok(Place { directory, name: OsString::from("."), stat: Some(stat) })
+        })
     }
 
     /// As [`TreeRoot::find`], where nothing, or nothing above it, is no error.
@@ -143,15 +100,7 @@ impl TreeRoot {
 
     fn look_with(&self, path: &str, follow_last: bool) -> Result<Option<Attributes>> {
         let stat = self.find_any(path, follow_last)?.and_then(|place| place.stat);
-        Ok(stat.map(|stat| {
-            let kind = match stat.kind() {
-                libc::S_IFREG => Kind::File,
-                libc::S_IFDIR => Kind::Directory,
-                libc::S_IFLNK => Kind::Link,
-                _ => Kind::Special,
-            };
-            Attributes { kind, meta: stat.meta() }
-        }))
+        Ok(stat.map(|stat| Attributes { kind: kind(&stat), meta: stat.meta() }))
     }
 
     fn open(&self, place: &Place, flags: OFlags) -> io::Result<File> {
@@ -164,8 +113,44 @@ impl TreeRoot {
     }
 }
 
-fn parts(path: &[u8]) -> VecDeque<OsString> {
-    path.split(|&b| b == b'/').filter(|p| !p.is_empty()).map(|p| OsString::from_vec(p.to_vec())).collect()
+/// Each directory is opened without following links.
+impl Names for TreeRoot {
+    type Directory = OwnedFd;
+    type Found = Stat;
+
+    fn root(&self) -> io::Result<OwnedFd> {
+        self.root.try_clone()
+    }
+
+    fn entry(&self, directory: &OwnedFd, name: &[u8]) -> io::Result<Option<Stat>> {
+        match sys::stat_at(directory.as_fd(), OsStr::from_bytes(name), View::Library) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn kind(&self, stat: &Stat) -> Kind {
+        kind(stat)
+    }
+
+    fn target(&self, directory: &OwnedFd, name: &[u8], _: &Stat) -> io::Result<Vec<u8>> {
+        Ok(rustix::fs::readlinkat(directory, OsStr::from_bytes(name), Vec::new())?.into_bytes())
+    }
+
+    fn enter(&self, directory: &OwnedFd, name: &[u8], _: &Stat) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(directory, OsStr::from_bytes(name), flags, Mode::empty())?)
+    }
+}
+
+fn kind(stat: &Stat) -> Kind {
+    match stat.kind() {
+        libc::S_IFREG => Kind::File,
+        libc::S_IFDIR => Kind::Directory,
+        libc::S_IFLNK => Kind::Link,
+        _ => Kind::Special,
+    }
 }
 
 impl Root for TreeRoot {
