@@ -11,7 +11,7 @@ use super::boot::{self, Booted};
 use super::plan::{Content, Plan, Uefi};
 use super::spec::{DiskSpec, PartitionSpec};
 use super::tree::Tree;
-use super::{place, swap};
+use super::{fat, place, swap};
 use crate::build::{self, Key, Made, Place};
 use crate::error::Context;
 use crate::staging::Staging;
@@ -87,7 +87,7 @@ pub(crate) fn build(
                 (Some(spec.filesystem.name()), Some(made.superblock.uuid))
             }
             Content::Vfat(spec, name) => {
-                work.vfat(plan.table.sector, partition, name, spec.from.as_deref())?;
+                work.vfat(plan.table.sector, partition, name, spec.from.as_deref(), progress)?;
                 (Some("vfat"), Some(name.uuid()))
             }
             Content::Nothing => (None, None),
@@ -194,40 +194,22 @@ impl Work<'_> {
         esp.finish().map_err(failed)
     }
 
-    /// Makes a FAT with a directory's files.
-    fn vfat(&self, sector: u64, partition: &Partition, name: &Name, from: Option<&Path>) -> Result<()> {
+    /// Makes a FAT with the files of a directory or an archive.
+    fn vfat(
+        &self,
+        sector: u64,
+        partition: &Partition,
+        name: &Name,
+        from: Option<&Path>,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
         let failed =
             |e| Error::io(format!("cannot make the filesystem of partition {}", partition.number), e);
         let (start, size) = (partition.start, partition.size);
         let mut volume = Volume::format(self.image, start, size, sector, name, self.time).map_err(failed)?;
         if let Some(from) = from {
-            copy_tree(&mut volume, from, "")?;
+            fat::fill(&mut volume, from, self.staging.path(), progress)?;
         }
         volume.finish().map_err(failed)
     }
-}
-
-/// Copies the files below a directory; a FAT has neither links nor devices, nor owners and modes.
-fn copy_tree(volume: &mut Volume<'_>, directory: &Path, below: &str) -> Result<()> {
-    let entries = std::fs::read_dir(directory).at("list", directory)?;
-    let mut entries: Vec<_> = entries.collect::<std::io::Result<_>>().at("list", directory)?;
-    entries.sort_by_key(std::fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        let source = |reason: &str| Error::Source { path: path.clone(), reason: reason.to_owned() };
-        let name =
-            entry.file_name().into_string().map_err(|_| source("has a name that a FAT cannot have"))?;
-        let inside = if below.is_empty() { name } else { format!("{below}/{name}") };
-        let kind = entry.file_type().at("look at", &path)?;
-        if kind.is_dir() {
-            volume.make_directories(&inside).at("make in the FAT", &path)?;
-            copy_tree(volume, &path, &inside)?;
-        } else if kind.is_file() {
-            let mut file = File::open(&path).at("open", &path)?;
-            volume.add(&inside, &mut file).at("copy into the FAT", &path)?;
-        } else {
-            return Err(source("is neither a file nor a directory, and a FAT holds nothing else"));
-        }
-    }
-    Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod boot;
 mod build;
+mod fat;
 pub(crate) mod kernels;
 mod place;
 mod plan;

@@ -76,7 +76,7 @@ pub enum Holds {
     Ext3,
     /// ext4.
     Ext4,
-    /// FAT, filled from a directory.
+    /// FAT, filled from a directory or an archive.
     Vfat,
     /// Swap space.
     Swap,
@@ -144,7 +144,7 @@ pub struct PartitionSpec {
     /// What is in it.
     #[serde(default = "ext4")]
     pub filesystem: Holds,
-    /// What fills the filesystem: a directory, or for ext2, ext3 and ext4 a tar as well. It is empty where not given.
+    /// What fills the filesystem: a directory, or an archive (tar, cpio, squashfs). It is empty where not given.
     #[serde(default)]
     pub from: Option<PathBuf>,
     /// Where fstab mounts it.

@@ -189,6 +189,53 @@ fn more_filesystems_and_the_old_table() {
 }
 
 #[test]
+fn a_fat_is_filled_from_an_archive() {
+    let scratch = Scratch::new();
+    let (image, from, tree_of) = (scratch.path("image"), tree(&scratch), scratch.path("shared"));
+    std::fs::create_dir_all(tree_of.join("a directory/empty")).unwrap();
+    std::fs::write(tree_of.join("a directory/Ein langer Name.txt"), "on a FAT").unwrap();
+    let sparse = std::fs::File::create(tree_of.join("sparse")).unwrap();
+    sparse.set_len(2 * MIB).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"in the middle", MIB).unwrap();
+    let pack = |name: &str| {
+        let arguments = ["--sparse", "--format=pax", "-cf"];
+        let mut tar = std::process::Command::new("tar");
+        tar.args(arguments).arg(scratch.path(name)).arg("-C").arg(&tree_of).arg(".");
+        assert!(tar.status().unwrap().success());
+    };
+    let built = |archive: &str| {
+        let mut spec = DiskSpec::from_toml(&format!(
+            "table = \"gpt\"\nboot = \"none\"\n\
+             [[partition]]\nsize = \"8M\"\nfilesystem = \"vfat\"\nfrom = \"{archive}\"\nmount = \"/mnt/shared\"\n"
+        ))
+        .unwrap();
+        spec.begin_paths_at(tree_of.parent().unwrap());
+        build(&image, &disk(&from, spec))
+    };
+    pack("shared.tar");
+    built("shared.tar").unwrap();
+    let fat = cut(&scratch, &image, &table(&image).partitions[0], "fat");
+    program("fsck.vfat", &["-n"], &fat);
+    assert_eq!(fat_file(&fat, "a directory/Ein langer Name.txt"), "on a FAT");
+    let mut wanted = vec![0; 2 << 20];
+    wanted[1 << 20..][..13].copy_from_slice(b"in the middle");
+    assert!(fat_file(&fat, "sparse").into_bytes() == wanted);
+    std::fs::remove_file(&image).unwrap();
+
+    // What a FAT cannot hold is told by its name, and nothing is left.
+    std::fs::hard_link(tree_of.join("sparse"), tree_of.join("same")).unwrap();
+    pack("links.tar");
+    let error = built("links.tar").unwrap_err().to_string();
+    assert!(error.contains("links.tar") && error.contains("--hard-dereference"), "{error}");
+    std::fs::remove_file(tree_of.join("same")).unwrap();
+    std::os::unix::fs::symlink("sparse", tree_of.join("link")).unwrap();
+    pack("links.tar");
+    let error = built("links.tar").unwrap_err().to_string();
+    assert!(error.contains("entry \"link\"") && error.contains("neither a file"), "{error}");
+    assert!(!image.exists());
+}
+
+#[test]
 fn names_follow_from_the_request() {
     let scratch = Scratch::new();
     let from = tree(&scratch);
