@@ -39,7 +39,8 @@ pub fn set_backing(spec: &ImageSpec, new: Option<(&OsStr, Format)>) -> Result<()
     if new.is_some_and(|(name, _)| name.is_empty() || name.as_bytes().contains(&0)) {
         return Err(refused("no file has such a name".to_owned()));
     }
-    let header = vbd_qcow2::with_backing(&old, new.map(|(name, format)| (name.as_bytes(), format.name())));
+    let header =
+        vbd_qcow2::with_backing(&old, new.map(|(name, format)| (name.as_bytes(), format.in_images())));
     vbd_qcow2::replace_header(&image.file, &old, &header)
         .map_err(|error| of(Error::io("cannot change its header", error)))
 }

@@ -42,6 +42,11 @@ impl Checked {
     }
 }
 
+/// Whether images of a format have a structure that [`check`] looks at.
+pub fn has_structure(format: Format) -> bool {
+    matches!(format, Format::Qcow2 | Format::Vhd)
+}
+
 /// Checks the structure of one image, not those that it stands on, and mends it as `repair` says. What guests keep in it is
 /// not looked at.
 ///

@@ -56,6 +56,12 @@ impl Format {
     pub const ALL: [Format; 7] =
         [Format::Raw, Format::Qcow2, Format::Vhd, Format::Vmdk, Format::Vdi, Format::Vhdx, Format::Luks];
 
+    /// What an image calls the format of the file that it stands on: QEMU reads that, too, and calls VHD by the name of
+    /// the program that made it.
+    pub fn in_images(self) -> &'static str {
+        if self == Format::Vhd { "vpc" } else { self.name() }
+    }
+
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
@@ -95,9 +101,7 @@ impl FromStr for Format {
     type Err = FormatError;
 
     fn from_str(name: &str) -> Result<Self, FormatError> {
-        // QEMU calls VHD by the name of the program that made it.
-        let known = if name == "vpc" { "vhd" } else { name };
-        let found = Self::ALL.into_iter().find(|format| format.name() == known);
+        let found = Self::ALL.into_iter().find(|format| [format.name(), format.in_images()].contains(&name));
         found.ok_or_else(|| FormatError { name: name.to_owned() })
     }
 }

@@ -8,6 +8,7 @@ mod backing;
 mod chain;
 mod check;
 mod create;
+mod derive;
 mod format;
 mod gate;
 mod identify;
@@ -16,8 +17,9 @@ mod tracked;
 
 pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
-pub use check::{Checked, Repair, check};
+pub use check::{Checked, Repair, check, has_structure};
 pub use create::{Kind, NewImage, VhdKind, backing_size, create};
+pub use derive::{open_copy, overlay};
 pub use format::{Format, FormatError};
 pub use gate::Gate;
 pub use identify::{assumed_raw, identify};

@@ -97,6 +97,11 @@ impl ImageSpec {
 /// The image or one that it names is missing, malformed, or kept back by the gate; or the format cannot do what is asked.
 pub fn open(spec: &ImageSpec) -> Result<Arc<dyn Disk>> {
     let links = chain(&spec.path, spec.format, &spec.gate)?;
+    on_chain(spec, &links)
+}
+
+/// The first of these, with those that it stands on under it.
+pub(crate) fn on_chain(spec: &ImageSpec, links: &[Link]) -> Result<Arc<dyn Disk>> {
     let mut disk = None;
     let mut under: Option<&Link> = None;
     for link in links.iter().skip(1).rev() {
@@ -106,6 +111,7 @@ pub fn open(spec: &ImageSpec) -> Result<Arc<dyn Disk>> {
             name: link.path.display().to_string(),
             read_only: true,
             faults: None,
+            bitmaps: None,
             ..spec.clone()
         };
         disk = Some(one(&below, link, disk, under)?);

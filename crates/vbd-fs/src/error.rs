@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use vbd_image::create::CreateError;
+use vbd_image::lease::LeaseError;
 use vbd_image::size::Human;
 
 /// The result of an operation of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a filesystem could not be built or tailored.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +23,9 @@ pub enum Error {
     /// directory.
     #[error(transparent)]
     Image(#[from] CreateError),
+    /// A disk is in use.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// A call to the system failed.
     #[error("{what}: {error}")]
     Io {

@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 
 use common::{names, refused};
 use vbd_image::partition::{self, Format, Guid, Kind, Partition, Table, kind};
+use vbd_testing::Mounted;
 
 const MIB: u64 = 1 << 20;
 const UUID: &str = "12345678-abcd-4321-8765-0123456789ab";
@@ -85,7 +86,7 @@ fn a_clone_is_another_machine() {
         let before = fs::read(&base).unwrap();
         let new = directory.path().join("vm2");
         let clone = ["clone", text(&base), text(&new), "--hostname", "vm2.example.org", "--label", "second"];
-        let told = done(vbd(&clone));
+        let told = done(vbd(&[&clone[..], &["--how", "copy"]].concat()));
         assert_eq!(fs::read(&base).unwrap(), before, "the base is left alone");
         let uuid = uuid(&told);
         assert_ne!(uuid, UUID);
@@ -109,7 +110,8 @@ fn a_clone_is_another_machine() {
         );
         // Another clone is another one once more.
         let third = directory.path().join("vm3");
-        let told = done(vbd(&["clone", text(&base), text(&third), "--json", "--keep-identity"]));
+        let told =
+            done(vbd(&["clone", text(&base), text(&third), "--json", "--keep-identity", "--how", "copy"]));
         let json: serde_json::Value = serde_json::from_str(&told).unwrap();
         assert_ne!(json["filesystems"][0]["uuid"], uuid);
         let id = done(vbd(&["cat", &format!("{}:/etc/machine-id", text(&third))]));
@@ -154,55 +156,67 @@ fn a_whole_disk_with_its_boot_entries() {
     }
     table.write(&file, size).unwrap();
 
-    let new = directory.path().join("new");
-    done(vbd(&["clone", text(&base), text(&new), "--hostname", "vm2"]));
-    let file = File::open(&new).unwrap();
-    let cloned = partition::read(&file, size).unwrap().unwrap();
-    assert!(cloned.problems.is_empty() && cloned.format != table.format, "{cloned:?}");
-    for (old, new) in table.partitions.iter().zip(&cloned.partitions) {
-        assert_ne!(old.uuid, new.uuid);
-        assert_eq!((old.start, old.size, &old.name, old.kind), (new.start, new.size, &new.name, new.kind));
+    for how in ["copy", "overlay"] {
+        let mut new = directory.path().join(how);
+        done(vbd(&["clone", text(&base), text(&new), "--hostname", "vm2", "--how", how]));
+        if how == "overlay" {
+            run("qemu-img", &["check", "-q", "-f", "qcow2", text(&new)]);
+            done(vbd(&["check", "--format", "qcow2", text(&new)]));
+            let raw = directory.path().join("raw");
+            done(vbd(&["convert", "--from", "qcow2", text(&new), text(&raw)]));
+            new = raw;
+        }
+        let file = File::open(&new).unwrap();
+        let cloned = partition::read(&file, size).unwrap().unwrap();
+        assert!(cloned.problems.is_empty() && cloned.format != table.format, "{cloned:?}");
+        for (old, new) in table.partitions.iter().zip(&cloned.partitions) {
+            assert_ne!(old.uuid, new.uuid);
+            assert_eq!(
+                (old.start, old.size, &old.name, old.kind),
+                (new.start, new.size, &new.name, new.kind)
+            );
+        }
+        let partuuid = cloned.partitions[1].uuid.unwrap().to_string();
+        let fstab = done(vbd(&["cat", &format!("{}:/etc/fstab", text(&new))]));
+        assert!(fstab.contains(&format!("PARTUUID={partuuid} /x")), "{fstab}");
+        let entry = run("mtype", &["-i", &format!("{}@@{MIB}", text(&new)), "::/loader/entries/vm.conf"]);
+        assert!(entry.contains(&format!("root=PARTUUID={partuuid} ro")), "{entry}");
+        done(vbd(&["check", text(&new)]));
     }
-    let partuuid = cloned.partitions[1].uuid.unwrap().to_string();
-    let fstab = done(vbd(&["cat", &format!("{}:/etc/fstab", text(&new))]));
-    assert!(fstab.contains(&format!("PARTUUID={partuuid} /x")), "{fstab}");
-    let entry = run("mtype", &["-i", &format!("{}@@{MIB}", text(&new)), "::/loader/entries/vm.conf"]);
-    assert!(entry.contains(&format!("root=PARTUUID={partuuid} ro")), "{entry}");
-    done(vbd(&["check", text(&new)]));
 }
 
 /// XFS shares blocks. Needs root and a loop device.
 #[test]
 fn blocks_are_shared_where_that_is_possible() {
     let directory = tempfile::tempdir().unwrap();
-    let (xfs, point) = (directory.path().join("xfs"), directory.path().join("mnt"));
+    let xfs = directory.path().join("xfs");
     File::create(&xfs).unwrap().set_len(512 * MIB).unwrap();
-    fs::create_dir(&point).unwrap();
     run("mkfs.xfs", &["-q", text(&xfs)]);
-    run("mount", &["-o", "loop", text(&xfs), text(&point)]);
-    let seen = std::panic::catch_unwind(|| {
-        let base = base(directory.path(), "base", &["-t", "ext4"]);
-        let inside = point.join("base");
-        fs::copy(&base, &inside).unwrap();
-        let new = point.join("new");
-        let told = done(vbd(&["clone", text(&inside), text(&new)]));
-        assert!(told.contains(": reflink of "), "{told}");
-        run("e2fsck", &["-fn", text(&new)]);
-        let map: serde_json::Value =
-            serde_json::from_str(&done(vbd(&["map", "--json", text(&new)]))).unwrap();
-        let shared = map["extents"].as_array().unwrap().iter().filter(|extent| extent["shared"] == true);
-        let shared: u64 = shared.map(|extent| extent["length"].as_u64().unwrap()).sum();
-        assert!(shared > 5 * MIB, "{shared} bytes are shared");
-        // From another filesystem it is a copy, and the holes stay.
-        let copy = directory.path().join("copy");
-        let told = done(vbd(&["clone", text(&inside), text(&copy)]));
-        assert!(told.contains(": sparse copy of "), "{told}");
-        assert!(std::os::unix::fs::MetadataExt::blocks(&copy.metadata().unwrap()) * 512 < 20 * MIB);
-    });
-    run("umount", &[text(&point)]);
-    if let Err(panic) = seen {
-        std::panic::resume_unwind(panic);
-    }
+    let mounted = Mounted::new(&xfs, "rw");
+    let base = base(directory.path(), "base", &["-t", "ext4"]);
+    let inside = mounted.path().join("base");
+    fs::copy(&base, &inside).unwrap();
+    let new = mounted.path().join("new");
+    let told = done(vbd(&["clone", text(&inside), text(&new)]));
+    assert!(told.contains(": reflink of "), "{told}");
+    run("e2fsck", &["-fn", text(&new)]);
+    let map: serde_json::Value = serde_json::from_str(&done(vbd(&["map", "--json", text(&new)]))).unwrap();
+    let shared = map["extents"].as_array().unwrap().iter().filter(|extent| extent["shared"] == true);
+    let shared: u64 = shared.map(|extent| extent["length"].as_u64().unwrap()).sum();
+    assert!(shared > 5 * MIB, "{shared} bytes are shared");
+    // Images of formats, too, with all in them.
+    let (image, other) = (mounted.path().join("image"), mounted.path().join("other"));
+    done(vbd(&["convert", text(&inside), text(&image), "--to", "qcow2"]));
+    let told = done(vbd(&["clone", text(&image), text(&other), "--format", "qcow2"]));
+    assert!(told.contains(": reflink of "), "{told}");
+    run("qemu-img", &["check", "-q", "-f", "qcow2", text(&other)]);
+    done(vbd(&["check", text(&other), "--format", "qcow2"]));
+    // From another filesystem it cannot be; a copy keeps the holes.
+    let copy = directory.path().join("copy");
+    refused(&vbd(&["clone", text(&inside), text(&copy), "--how", "reflink"]), 1, &["cannot be shared"]);
+    let told = done(vbd(&["clone", text(&inside), text(&copy), "--how", "copy"]));
+    assert!(told.contains(": sparse copy of "), "{told}");
+    assert!(std::os::unix::fs::MetadataExt::blocks(&copy.metadata().unwrap()) * 512 < 20 * MIB);
 }
 
 #[test]

@@ -304,7 +304,7 @@ fn damage_is_found_and_mended() {
     let here = Here::new();
     here.disk("disk");
     here.ok(&["convert", "disk", "one", "--to", "qcow2"]);
-    assert_eq!(here.ok(&["check", "one", "--format", "qcow2"]), "one: clean\n");
+    assert!(here.ok(&["check", "one", "--format", "qcow2"]).starts_with("one: clean\n"));
     // A cluster that nothing refers to: a count in the refcount block behind the header and the table.
     let mut bytes = fs::read(here.path("one")).unwrap();
     let end = bytes.len();

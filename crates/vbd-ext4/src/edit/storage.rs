@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{EditError, Editor, Result};
 use crate::format::Block;
-use crate::read::{Part, Source};
+use crate::read::{Part, Source, Window};
 
 /// Something that holds a filesystem and can be written, too.
 pub trait Storage: Source {
@@ -36,6 +36,27 @@ impl Storage for Part {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+impl<S: Storage> Storage for Window<S> {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.of.write_all_at(bytes, self.place(offset, bytes.len())?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.of.sync()
+    }
+}
+
+/// Storage that several use.
+impl<S: Storage + ?Sized> Storage for Arc<S> {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        (**self).write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        (**self).sync()
     }
 }
 

@@ -29,7 +29,7 @@ pub use error::{Error, Place, Result};
 pub use file::Data;
 pub use inode::Inode;
 pub use lookup::Links;
-pub use source::{Padded, Part, Source};
+pub use source::{Padded, Part, Source, Window};
 
 use crate::format::Superblock;
 use crate::format::superblock::{self, incompat, ro_compat, state};

@@ -46,6 +46,39 @@ impl Source for Part {
     }
 }
 
+/// A part of something that can be read: a partition of a disk.
+#[derive(Debug)]
+pub struct Window<S> {
+    pub(crate) of: S,
+    pub(crate) start: u64,
+    size: u64,
+}
+
+impl<S> Window<S> {
+    /// The `size` bytes of `of` from `start` on.
+    pub fn new(of: S, start: u64, size: u64) -> Window<S> {
+        Window { of, start, size: size.min(u64::MAX - start) }
+    }
+
+    /// Where these bytes are in the whole; an error where they are not in the window.
+    pub(crate) fn place(&self, offset: u64, length: usize) -> io::Result<u64> {
+        match offset.checked_add(length as u64) {
+            Some(end) if end <= self.size => Ok(self.start + offset),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl<S: Source> Source for Window<S> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.of.read_exact_at(buffer, self.place(offset, buffer.len())?)
+    }
+}
+
 /// One that several filesystems are read from.
 impl<S: Source + ?Sized> Source for std::sync::Arc<S> {
     fn size(&self) -> u64 {
@@ -88,5 +121,24 @@ impl Source for Padded {
         buffer[..length].copy_from_slice(&rest[..length]);
         buffer[length..].fill(0);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_ends_where_it_ends() {
+        let bytes: Vec<u8> = (0..100).collect();
+        let window = Window::new(Padded::new(bytes, 0), 10, 20);
+        let mut buffer = [0; 4];
+        window.read_exact_at(&mut buffer, 16).unwrap();
+        assert_eq!((window.size(), buffer), (20, [26, 27, 28, 29]));
+        for offset in [17, u64::MAX] {
+            let error = window.read_exact_at(&mut buffer, offset).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{offset}");
+        }
+        assert_eq!(Window::new(Padded::new(Vec::new(), 0), u64::MAX, 5).size(), 0);
     }
 }

@@ -11,10 +11,11 @@ use super::boot::{self, Booted};
 use super::plan::{Content, Plan, Uefi};
 use super::spec::{DiskSpec, PartitionSpec};
 use super::tree::Tree;
-use super::{fat, place, swap};
+use super::{fat, swap};
 use crate::build::{self, Key, Made, Place};
 use crate::error::Context;
 use crate::staging::Staging;
+use crate::upkeep::copy;
 use crate::vfat::{Name, Volume};
 use crate::{
     BuildOptions, BuildSpec, Error, Filesystem, ImageSize, Progress, Report, Result, Source, Tailor, Time,
@@ -130,7 +131,10 @@ impl Work<'_> {
             file.set_len(size).at("give its size to a file in", self.staging.path())?;
         }
         let made = build::make(options, &place(&file, 0), progress)?;
-        place::copy(&file, self.image, start, progress)?;
+        let length = file.metadata().at("look at a file in", self.staging.path())?.len();
+        if !copy::range(&file, (0, length), self.image, start, progress)? {
+            return Err(Error::Interrupted);
+        }
         Ok(made)
     }
 

@@ -7,7 +7,6 @@ mod boot;
 mod build;
 mod fat;
 pub(crate) mod kernels;
-mod place;
 mod plan;
 mod spec;
 pub(crate) mod swap;

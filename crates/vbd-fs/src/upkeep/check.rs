@@ -6,6 +6,7 @@ use vbd_ext4::check::Report;
 use vbd_ext4::read::Error as ReadError;
 
 use super::{Disk, Volume};
+use crate::error::Context;
 use crate::process::{Running, e2fsprogs};
 use crate::{Error, Progress, Result, Step};
 
@@ -37,21 +38,30 @@ pub fn check(disk: &Disk, progress: &mut dyn Progress) -> Result<Checked> {
     if let Some(table) = &disk.table {
         table_problems(disk, table, &mut checked);
     } else if disk.volumes.is_empty() {
-        let contents = vbd_image::probe::contents(&disk.file, disk.size);
+        let contents = disk.contents();
         let found =
             contents.ok().and_then(|contents| contents.filesystem).map(|found| found.kind.to_string());
         match found {
             Some(kind) => checked.notes.push(format!("it has {kind}, which is not looked at")),
             None => {
-                checked.problems.push("it has no partition table, and no filesystem that is known".to_owned())
+                let nothing = "it has no partition table, and no filesystem that is known";
+                // A file that is no disk at all would look like that; an image of a format is one.
+                let plain = disk.device.plain().is_some();
+                let list = if plain { &mut checked.problems } else { &mut checked.notes };
+                list.push(nothing.to_owned());
             }
         }
     }
     for volume in &disk.volumes {
         progress.step(Step::Read, None);
-        let report = vbd_ext4::check::check(disk.part(volume)?, &mut |_, _| progress.advance(0));
+        let report = vbd_ext4::check::check(disk.part(volume), &mut |_, _| progress.advance(0));
         let report = match report {
             Ok(report) => report,
+            Err(ReadError::Unsupported { feature, .. }) if disk.device.plain().is_none() => {
+                let what = "which only e2fsck knows, and that reads raw images alone: not looked at";
+                checked.notes.push(format!("{} uses {feature}, {what}", disk.name(volume)));
+                continue;
+            }
             Err(ReadError::Unsupported { feature, .. }) => {
                 checked.notes.push(format!("{} uses {feature}: e2fsck looked at it", disk.name(volume)));
                 by_e2fsck(disk, volume, progress)?
@@ -93,7 +103,7 @@ fn table_problems(disk: &Disk, table: &vbd_image::partition::Table, checked: &mu
 /// What e2fsck finds, where this crate's checker knows a feature not.
 fn by_e2fsck(disk: &Disk, volume: &Volume, progress: &mut dyn Progress) -> Result<Report> {
     let mut report = Report::default();
-    match run(e2fsprogs("e2fsck").arg("-fn").arg(disk.argument(volume)), progress)? {
+    match run(e2fsprogs("e2fsck").arg("-fn").arg(disk.argument(volume)?), progress)? {
         0 => {}
         _ => {
             report.count = 1;
@@ -111,11 +121,11 @@ fn by_e2fsck(disk: &Disk, volume: &Volume, progress: &mut dyn Progress) -> Resul
 ///
 /// # Errors
 ///
-/// e2fsck is missing or cannot repair it. The partition table is not repaired.
+/// The disk is no raw image; e2fsck is missing or cannot repair it. The partition table is not repaired.
 pub fn repair(disk: &Disk, progress: &mut dyn Progress) -> Result<()> {
     for volume in &disk.volumes {
         progress.step(Step::Write, None);
-        let code = run(e2fsprogs("e2fsck").arg("-fy").arg(disk.argument(volume)), progress)?;
+        let code = run(e2fsprogs("e2fsck").arg("-fy").arg(disk.argument(volume)?), progress)?;
         // 1: repaired; 2: repaired, and a mounted one would want a new start.
         if code > 3 {
             return Err(Error::Inside(format!(
@@ -124,7 +134,7 @@ pub fn repair(disk: &Disk, progress: &mut dyn Progress) -> Result<()> {
             )));
         }
     }
-    disk.file.sync_all().map_err(|error| Error::io(format!("cannot flush {}", disk.path.display()), error))
+    disk.plain()?.sync_all().at("flush", &disk.path)
 }
 
 /// Runs a program to its end; its exit code.

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
-use super::Disk;
 use crate::error::Context;
 use crate::zeros::is_zero;
 use crate::{Error, Progress, Result, Step};
@@ -18,11 +18,13 @@ const PIECE: u64 = 32 << 20;
 /// Bytes that are read and written at once where the kernel cannot copy by itself.
 const BUFFER: usize = 1 << 20;
 
-/// How an image was copied.
+/// How a new image comes from its base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// The copy shares all blocks with the original until one of them is written.
+    /// It shares all blocks of the file until one of either is written.
     Reflink,
+    /// It reads from the base what was not written to it: the base must not change any more.
+    Overlay,
     /// All data was copied; holes stayed holes.
     Copy,
 }
@@ -31,25 +33,47 @@ impl std::fmt::Display for How {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             How::Reflink => "reflink",
+            How::Overlay => "qcow2 overlay",
             How::Copy => "sparse copy",
         })
     }
 }
 
-/// Fills `to`, which is empty, with what is in the image.
-pub(super) fn copy(disk: &Disk, to: &File, progress: &mut dyn Progress) -> Result<How> {
-    if ioctl_ficlone(to, &disk.file).is_ok() {
+/// Has `to`, which is empty, share all blocks of `from`. Whether that could be: they are on one filesystem that can.
+pub fn share(from: &File, to: &File) -> bool {
+    ioctl_ficlone(to, from).is_ok()
+}
+
+/// Fills `to`, which is empty, with the `size` bytes of a file that is called `path`: in the way that is wanted, or else the
+/// better of the two that are possible.
+///
+/// # Errors
+///
+/// Those of the system; blocks are to be shared and cannot be.
+pub fn copy(
+    from: &File,
+    size: u64,
+    path: &Path,
+    to: &File,
+    wanted: Option<How>,
+    progress: &mut dyn Progress,
+) -> Result<How> {
+    if wanted != Some(How::Copy) && share(from, to) {
         return Ok(How::Reflink);
     }
-    to.set_len(disk.size).at("set the size of the copy of", &disk.path)?;
-    progress.step(Step::Write, Some(disk.size));
-    range(&disk.file, (0, disk.size), to, 0, progress)
+    if wanted == Some(How::Reflink) {
+        let why = "its blocks cannot be shared with the new file: both have to be on one XFS or Btrfs";
+        return Err(Error::Inside(format!("{}: {why}", path.display())));
+    }
+    to.set_len(size).at("set the size of the copy of", path)?;
+    progress.step(Step::Write, Some(size));
+    range(from, (0, size), to, 0, progress)
         .and_then(|whole| if whole { Ok(How::Copy) } else { Err(Error::Interrupted) })
 }
 
 /// Copies the data of a range of bytes to a place that reads as zeros, its holes left out. Whether it came to its end:
 /// the caller may have wished to stop.
-pub(super) fn range(
+pub(crate) fn range(
     from: &File,
     (start, end): (u64, u64),
     to: &File,

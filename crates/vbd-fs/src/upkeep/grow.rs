@@ -3,21 +3,13 @@
 //! Each step leaves an image that is right: a larger file, then a larger partition in it, then a larger filesystem in that.
 //! Cut between them, the same command goes on.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
-use rustix::io::Errno;
 use vbd_ext4::edit::{Editor, Timestamp};
 use vbd_image::partition::{ALIGNMENT, Format, Table};
 
+use super::device::write_table;
 use super::{Disk, Volume};
 use crate::error::Context;
 use crate::{Error, Result, Time};
-
-/// Bytes that are made zeros at once.
-const PIECE: u64 = 1 << 30;
 
 /// What became larger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +30,53 @@ pub struct Larger {
 /// A smaller size; a filesystem or a table that cannot be changed; those of writing.
 pub fn grow(disk: &Disk, size: u64, now: Time) -> Result<Larger> {
     let before = disk.size;
+    let Plan { table, volume } = plan(disk, size, now)?;
+    if size > before {
+        disk.device.grow(size).and_then(|()| disk.device.sync()).at("make larger", &disk.path)?;
+    }
+    if let Some((table, _)) = &table {
+        write_table(&*disk.device, table, size).at("write the partition table of", &disk.path)?;
+    }
+    let Some(volume) = volume else { return Ok(Larger { before, size, filesystem: None }) };
+    let editor = Editor::open(disk.part(&volume), timestamp(now));
+    let editor = editor.map_err(|error| failed(disk, &volume, error))?;
+    let superblock = editor.filesystem().superblock();
+    let end = superblock.blocks() * u64::from(editor.filesystem().block_size());
+    // A partition has what was there before, such as the table's old backup.
+    let behind = volume.start + end..volume.start + volume.size;
+    disk.device.zero(behind).at("make zeros in", &disk.path)?;
+    let grown = editor.grow(volume.size).map_err(|error| failed(disk, &volume, error))?;
+    Ok(Larger { before, size, filesystem: Some((volume, grown.before, grown.after)) })
+}
+
+/// Whether [`grow`] can be, for those who make the disk itself larger by other means, and then call it.
+///
+/// # Errors
+///
+/// Those that it has before its first write.
+pub fn may_grow(disk: &Disk, size: u64, now: Time) -> Result<()> {
+    plan(disk, size, now).map(|_| ())
+}
+
+/// What is to be.
+struct Plan {
+    /// The table, and the number of its last partition.
+    table: Option<(Table, Option<u32>)>,
+    /// The filesystem that grows, as large as it may become.
+    volume: Option<Volume>,
+}
+
+fn timestamp(now: Time) -> Timestamp {
+    Timestamp { seconds: now.seconds, nanoseconds: now.nanoseconds }
+}
+
+fn failed(disk: &Disk, volume: &Volume, error: vbd_ext4::edit::EditError) -> Error {
+    Error::Inside(format!("{}: {error}; --file-only leaves the filesystem as it is", disk.name(volume)))
+}
+
+/// Asks everything that can refuse.
+fn plan(disk: &Disk, size: u64, now: Time) -> Result<Plan> {
+    let before = disk.size;
     if size < before {
         return Err(Error::Invalid(format!(
             "{}: it has {before} bytes; `vbd shrink` makes it smaller",
@@ -55,31 +94,13 @@ pub fn grow(disk: &Disk, size: u64, now: Time) -> Result<Larger> {
             )
         }
     };
-    let now = Timestamp { seconds: now.seconds, nanoseconds: now.nanoseconds };
-    let failed = |volume: &Volume, error: vbd_ext4::edit::EditError| {
-        Error::Inside(format!("{}: {error}; --file-only leaves the filesystem as it is", disk.name(volume)))
-    };
-    // Everything that can refuse is asked first.
     if let Some(volume) = &volume {
         let old = disk.volumes.iter().find(|old| old.start == volume.start).unwrap_or(volume);
-        let editor = Editor::open(disk.part(old)?, now).map_err(|error| failed(volume, error))?;
-        editor.may_grow(volume.size).map_err(|error| failed(volume, error))?;
+        let editor =
+            Editor::open(disk.part(old), timestamp(now)).map_err(|error| failed(disk, volume, error))?;
+        editor.may_grow(volume.size).map_err(|error| failed(disk, volume, error))?;
     }
-
-    if size > before {
-        disk.file.set_len(size).and_then(|()| disk.file.sync_all()).at("make larger", &disk.path)?;
-    }
-    if let Some((table, _)) = &table {
-        table.write(&disk.file, size).at("write the partition table of", &disk.path)?;
-    }
-    let Some(volume) = volume else { return Ok(Larger { before, size, filesystem: None }) };
-    let editor = Editor::open(disk.part(&volume)?, now).map_err(|error| failed(&volume, error))?;
-    let superblock = editor.filesystem().superblock();
-    let end = superblock.blocks() * u64::from(editor.filesystem().block_size());
-    // A partition has what was there before, such as the table's old backup.
-    zeros(&disk.file, &disk.path, volume.start + end, volume.start + volume.size)?;
-    let grown = editor.grow(volume.size).map_err(|error| failed(&volume, error))?;
-    Ok(Larger { before, size, filesystem: Some((volume, grown.before, grown.after)) })
+    Ok(Plan { table, volume })
 }
 
 /// The table for the larger disk, with its last partition as large as can be, and the number of that.
@@ -120,34 +141,4 @@ pub(super) fn room(table: &Table, size: u64) -> u64 {
         Format::Mbr(_) => size.min(u64::from(u32::MAX) * table.sector),
     };
     end / ALIGNMENT * ALIGNMENT
-}
-
-/// Makes a range read as zeros, where it has data.
-pub(super) fn zeros(file: &File, path: &Path, start: u64, end: u64) -> Result<()> {
-    let mut at = start;
-    while at < end {
-        let data = match seek(file, SeekFrom::Data(at)) {
-            Ok(data) if data < end => data.max(at),
-            Ok(_) | Err(Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error).at("look for data in", path),
-        };
-        let hole = seek(file, SeekFrom::Hole(data)).at("look for holes in", path)?;
-        let until = hole.clamp(data + 1, end).min(data + PIECE);
-        match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, data, until - data) {
-            Ok(()) => {}
-            Err(Errno::INTR) => continue,
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                let empty = vec![0; 1 << 20];
-                let mut from = data;
-                while from < until {
-                    let length = usize::try_from(until - from).unwrap_or(usize::MAX).min(empty.len());
-                    file.write_all_at(&empty[..length], from).at("write to", path)?;
-                    from += length as u64;
-                }
-            }
-            Err(error) => return Err(error).at("make a hole in", path),
-        }
-        at = until;
-    }
-    Ok(())
 }

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vbd_ext4::edit::{Editor, Storage, Timestamp};
-use vbd_ext4::read::{Part, Source};
+use vbd_ext4::read::{Source, Window};
 use vbd_image::partition::{Format, Guid, Table};
 
+use super::device::Device;
 use super::names::{DIRECTORIES, FILES, Names};
 use super::section::Section;
 use super::{Disk, Volume};
@@ -44,7 +45,7 @@ fn fresh() -> Result<[u8; 16]> {
 }
 
 /// A filesystem in a file that has no name yet: flushed as a whole before it gets one, and not at each step.
-struct Unnamed(Part);
+struct Unnamed(Window<Arc<dyn Device>>);
 
 impl Source for Unnamed {
     fn size(&self) -> u64 {
@@ -76,7 +77,11 @@ pub(super) fn change(disk: &mut Disk, identity: &Identity<'_>) -> Result<Vec<(Vo
     let mut names = Names::default();
     if let Some(mut table) = disk.table.take() {
         partitions(&mut table, &mut names)?;
-        table.write(&disk.file, disk.size).at("write the partition table of", &disk.path)?;
+        let parts =
+            table.encode(disk.size).map_err(|misfit| io::Error::new(io::ErrorKind::InvalidInput, misfit));
+        parts
+            .and_then(|parts| parts.iter().try_for_each(|(at, bytes)| disk.device.write_all_at(bytes, *at)))
+            .at("write the partition table of", &disk.path)?;
         disk.table = Some(table);
     }
     let now = Timestamp { seconds: identity.now.seconds, nanoseconds: identity.now.nanoseconds };
@@ -84,7 +89,7 @@ pub(super) fn change(disk: &mut Disk, identity: &Identity<'_>) -> Result<Vec<(Vo
     for volume in &disk.volumes {
         let failed =
             |error: vbd_ext4::edit::EditError| Error::Inside(format!("{}: {error}", disk.name(volume)));
-        let editor = Editor::open(Unnamed(disk.part(volume)?), now).map_err(failed)?;
+        let editor = Editor::open(Unnamed(disk.part(volume)), now).map_err(failed)?;
         let uuid = fresh()?;
         let old = Guid(u128::from_be_bytes(editor.filesystem().superblock().uuid)).to_string();
         let new = Guid(u128::from_be_bytes(uuid)).to_string();
@@ -176,7 +181,7 @@ fn boot_partitions(disk: &Disk, names: &Names) -> Result<()> {
         }
         let mut signature = [0; 2];
         let mut kind = [0; 8];
-        let read = |bytes: &mut [u8], at: u64| disk.file.read_exact_at(bytes, partition.start + at);
+        let read = |bytes: &mut [u8], at: u64| disk.device.read_exact_at(bytes, partition.start + at);
         if partition.size < 1 << 20
             || read(&mut signature, 510).is_err()
             || signature != [0x55, 0xaa]
@@ -184,7 +189,7 @@ fn boot_partitions(disk: &Disk, names: &Names) -> Result<()> {
         {
             continue;
         }
-        let section = Section::new(&disk.file, partition.start, partition.size);
+        let section = Section::new(&*disk.device, partition.start, partition.size);
         let filesystem = match fatfs::FileSystem::new(section, fatfs::FsOptions::new()) {
             Ok(filesystem) => filesystem,
             Err(error) => {

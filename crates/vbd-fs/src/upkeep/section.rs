@@ -1,21 +1,21 @@
-//! A part of a file, as a file of its own.
+//! A part of a disk, as a file of its own.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
 
-/// A part of a file, as a file of its own.
+use super::device::Device;
+
+/// A part of a disk, as a file of its own.
 pub(crate) struct Section<'a> {
-    file: &'a File,
+    device: &'a dyn Device,
     start: u64,
     length: u64,
     position: u64,
 }
 
 impl<'a> Section<'a> {
-    /// `length` bytes of a file from `start` on.
-    pub(crate) fn new(file: &'a File, start: u64, length: u64) -> Section<'a> {
-        Section { file, start, length, position: 0 }
+    /// `length` bytes of a disk from `start` on.
+    pub(crate) fn new(device: &'a dyn Device, start: u64, length: u64) -> Section<'a> {
+        Section { device, start, length, position: 0 }
     }
 
     /// How much of `wanted` bytes there is from here on.
@@ -27,18 +27,18 @@ impl<'a> Section<'a> {
 impl Read for Section<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let room = self.room(buffer.len());
-        let read = self.file.read_at(&mut buffer[..room], self.start + self.position)?;
-        self.position += read as u64;
-        Ok(read)
+        self.device.read_exact_at(&mut buffer[..room], self.start + self.position)?;
+        self.position += room as u64;
+        Ok(room)
     }
 }
 
 impl Write for Section<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let room = self.room(buffer.len());
-        let written = self.file.write_at(&buffer[..room], self.start + self.position)?;
-        self.position += written as u64;
-        Ok(written)
+        self.device.write_all_at(&buffer[..room], self.start + self.position)?;
+        self.position += room as u64;
+        Ok(room)
     }
 
     fn flush(&mut self) -> io::Result<()> {

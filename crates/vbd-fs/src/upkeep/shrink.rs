@@ -15,6 +15,7 @@ use vbd_image::size::Human;
 
 use super::check::run;
 use super::copy::{copy, range};
+use super::device::{Device, Plain};
 use super::{Disk, Volume};
 use crate::digest::hex;
 use crate::error::Context;
@@ -100,7 +101,7 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
     let directory = directory.parent().unwrap_or(Path::new("/"));
     let beside = Beside::new(&target, directory, progress)?;
     let new = beside.image()?;
-    copy(&disk, new.as_file(), progress)?;
+    copy(disk.plain()?, disk.size, &disk.path, new.as_file(), None, progress)?;
     progress.step(Step::Write, None);
     match &volume {
         Some((volume, size)) if volume.start == 0 => resize(&disk, new.path(), volume, *size, progress)?,
@@ -111,7 +112,7 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
     if let Some((table, ..)) = &table {
         table.write(new.as_file(), size).at("write the partition table of", new.path())?;
     }
-    let metadata = disk.file.metadata().at("look at", &disk.path)?;
+    let metadata = disk.plain()?.metadata().at("look at", &disk.path)?;
     new.as_file().set_permissions(metadata.permissions()).at("set the mode of", new.path())?;
     std::os::unix::fs::fchown(new.as_file(), Some(metadata.uid()), Some(metadata.gid()))
         .at("set the owner of", new.path())?;
@@ -167,11 +168,11 @@ impl<'a> Beside<'a> {
 /// Refuses a size below what is used: resize2fs would refuse or fail later, and say less.
 fn enough(disk: &Disk, volume: &Volume, size: u64) -> Result<()> {
     let failed = |error: vbd_ext4::read::Error| Error::Inside(format!("{}: {error}", disk.name(volume)));
-    let report = vbd_ext4::check::check(disk.part(volume)?, &mut |_, _| {}).map_err(failed)?;
+    let report = vbd_ext4::check::check(disk.part(volume), &mut |_, _| {}).map_err(failed)?;
     if !report.is_clean() {
         return Err(Error::Inside(format!("{}: it is damaged; see `vbd check`", disk.name(volume))));
     }
-    let filesystem = vbd_ext4::read::Filesystem::open(disk.part(volume)?, vbd_ext4::read::Options::default());
+    let filesystem = vbd_ext4::read::Filesystem::open(disk.part(volume), vbd_ext4::read::Options::default());
     let filesystem = filesystem.map_err(failed)?;
     let usage = filesystem.usage().map_err(failed)?;
     let used = usage.size - usage.free;
@@ -204,13 +205,15 @@ fn in_a_file(
     alone.as_file().set_len(volume.size).at("set the size of", alone.path())?;
     let whole = (volume.start, volume.start + volume.size);
     let interrupted = |done: bool| if done { Ok(()) } else { Err(Error::Interrupted) };
-    interrupted(range(&disk.file, whole, alone.as_file(), 0, progress)?)?;
+    interrupted(range(disk.plain()?, whole, alone.as_file(), 0, progress)?)?;
     let own = Volume { start: 0, ..*volume };
     resize(disk, alone.path(), &own, size, progress)?;
     // resize2fs may have put another file in its place, or cut this one.
     let shrunk = File::open(alone.path()).at("open", alone.path())?;
     let length = shrunk.metadata().at("look at", alone.path())?.len().min(size);
-    super::grow::zeros(new, &disk.path, whole.0, whole.1)?;
+    Plain::new(new.try_clone().at("open once more", &disk.path)?, u64::MAX, None)
+        .zero(whole.0..whole.1)
+        .at("make zeros in", &disk.path)?;
     interrupted(range(&shrunk, (0, length), new, volume.start, progress)?)
 }
 

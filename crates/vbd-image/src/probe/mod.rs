@@ -9,7 +9,6 @@ mod filesystems;
 mod head;
 mod table;
 
-use std::fs::File;
 use std::io;
 
 use serde::Serialize;
@@ -73,17 +72,8 @@ impl Filesystem {
     }
 }
 
-/// Look into a disk of `size` bytes that `file` is open on for reading. Errors: those of reading.
-pub fn contents(file: &File, size: u64) -> io::Result<Contents> {
-    look(file, size)
-}
-
-/// Look into a disk whose bytes these are. Never fails and never panics, whatever they are.
-pub fn filesystem_bytes(bytes: &[u8]) -> Contents {
-    look(bytes, bytes.len() as u64).unwrap_or_default()
-}
-
-fn look<S: ReadAt + ?Sized>(source: &S, size: u64) -> io::Result<Contents> {
+/// Look into a disk of `size` bytes, in a file that is open for reading or elsewhere. Errors: those of reading.
+pub fn contents<S: ReadAt + ?Sized>(source: &S, size: u64) -> io::Result<Contents> {
     let mut buffer = vec![0; HEAD];
     let filesystem = filesystem_at(source, 0, size, &mut buffer)?;
     // The boot sector of these looks like one with a table.
@@ -108,6 +98,11 @@ fn filesystem_at<S: ReadAt + ?Sized>(
     let length = source.fill_at(offset, &mut buffer[..length])?;
     let head = Head(&buffer[..length]);
     Ok(ext::find(head).or_else(|| filesystems::find(head)).map(|found| found.within(size)))
+}
+
+/// Look into a disk whose bytes these are. Never fails and never panics, whatever they are.
+pub fn filesystem_bytes(bytes: &[u8]) -> Contents {
+    contents(bytes, bytes.len() as u64).unwrap_or_default()
 }
 
 /// A warning for one who is about to serve this disk: a filesystem on it was not unmounted cleanly or has errors.

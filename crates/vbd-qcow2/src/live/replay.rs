@@ -1,6 +1,7 @@
 //! Changes that a killed process has left: noted while an image is written to, and made again when it is opened.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -31,6 +32,10 @@ impl Image {
     }
 
     async fn try_start_log(&self, io: &Io, after: u64) -> Result<()> {
+        // A file that has no name yet goes with this process: nobody could find notes of it.
+        if std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.nlink() == 0) {
+            return Ok(());
+        }
         let (Some(path), Some(identity)) = (log::path_of(&self.path), Identity::of(&self.path)) else {
             return Err(corrupt("it is no file of its own"));
         };

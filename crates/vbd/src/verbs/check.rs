@@ -3,25 +3,26 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vbd_formats::{Format, Repair};
+use vbd_formats::{Checked as Structure, Format, Repair};
 use vbd_fs::upkeep::{self, Checked, Disk};
 use vbd_image::lease::Mode;
 
+use super::device::{self, Opening};
 use super::image::ImageArgs;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
 use crate::{Exit, UsageError};
 
-/// Check an image: of a raw one the partition table, and everything in its ext2, ext3 and ext4 filesystems; of others
-/// (--format) their own structure.
+/// Check an image: the structure of its format, the partition table, and everything in its ext2, ext3 and ext4
+/// filesystems.
 ///
 /// Exit code 0: nothing is wrong; 1: it is damaged; 2: it could not be checked as asked; 3: only room is lost.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The file or block device
     image: PathBuf,
-    /// Repair and check again: filesystems with e2fsck; of a format's structure `leaks` (give lost room back) or `all`, the
-    /// default
+    /// Repair and check again: filesystems in a raw image with e2fsck; of a format's structure `leaks` (give lost room
+    /// back) or `all`, the default
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     repair: Option<What>,
     /// Print JSON
@@ -46,6 +47,18 @@ struct Object {
     problems: Vec<String>,
     notes: Vec<String>,
     filesystems: Vec<FilesystemObject>,
+    #[serde(flatten)]
+    structure: Option<StructureObject>,
+}
+
+/// What was found in the structure of a format.
+#[derive(Serialize)]
+struct StructureObject {
+    errors: u64,
+    leaks: u64,
+    findings: Vec<String>,
+    repaired: Vec<String>,
+    incomplete: bool,
 }
 
 #[derive(Serialize)]
@@ -70,9 +83,34 @@ struct ProblemObject {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     // What cannot be told is not damaged, either.
     let format = args.of.format(&args.image).map_err(|error| UsageError(error.to_string()))?;
-    if format != Format::Raw {
-        return structure(&args);
+    let mut bar = Bar::new(stop_on_signals());
+    let (structure, inside) = match format {
+        Format::Raw => (None, raw(&args, &mut bar)?),
+        format if vbd_formats::has_structure(format) => with_structure(&args, &mut bar)?,
+        format => {
+            if args.repair.is_some() {
+                return Err(UsageError(format!("{format} images are not repaired here")).into());
+            }
+            (None, look(&args, &mut bar).map_err(|error| UsageError(error.to_string()))?)
+        }
+    };
+    bar.clear();
+    let name = args.image.display().to_string();
+    if args.json {
+        print_json(&object(structure.as_ref(), &inside))?;
+    } else {
+        let structure = structure.as_ref().map(|found| structure_text(&name, found)).unwrap_or_default();
+        print(&(structure + &text(&name, &inside)))?;
     }
+    let damaged = structure.as_ref().is_some_and(|found| found.errors > 0 || found.incomplete);
+    if damaged || !inside.is_clean() {
+        return Err(Exit(1).into());
+    }
+    if structure.is_none_or(|found| found.is_clean()) { Ok(()) } else { Err(Exit(3).into()) }
+}
+
+/// Checks what is in a disk whose bytes are the file's, and repairs it if that is asked for.
+fn raw(args: &Args, bar: &mut Bar) -> anyhow::Result<Checked> {
     if args.repair == Some(What::Leaks) {
         let message = "--repair=leaks is for formats: a raw image has no room to lose";
         return Err(UsageError(message.to_owned()).into());
@@ -80,62 +118,65 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mode = if args.repair.is_some() { Mode::Write } else { Mode::Read };
     // What cannot be looked at is not damaged: the exit code says which it is.
     let unusable = |error: vbd_fs::Error| UsageError(error.to_string());
-    let mut bar = Bar::new(stop_on_signals());
     let mut disk = Disk::open(&args.image, mode).map_err(unusable)?;
-    let mut checked = upkeep::check(&disk, &mut bar).map_err(unusable)?;
+    let mut checked = upkeep::check(&disk, bar).map_err(unusable)?;
     let unclean = checked.volumes.iter().any(|(_, report)| !report.is_clean() || !report.notes.is_empty());
     if args.repair.is_some() && unclean {
-        upkeep::repair(&disk, &mut bar)?;
+        upkeep::repair(&disk, bar)?;
         drop(disk);
         disk = Disk::open(&args.image, Mode::Read)?;
-        checked = upkeep::check(&disk, &mut bar)?;
+        checked = upkeep::check(&disk, bar)?;
     }
-    bar.clear();
-    drop(disk);
-    if args.json {
-        print_json(&object(&checked))?;
-    } else {
-        print(&text(&args.image.display().to_string(), &checked))?;
-    }
-    if checked.is_clean() { Ok(()) } else { Err(Exit(1).into()) }
+    Ok(checked)
 }
 
-/// Checks the structure of a format.
-fn structure(args: &Args) -> anyhow::Result<()> {
+/// Checks what is in a disk of another format.
+fn look(args: &Args, bar: &mut Bar) -> anyhow::Result<Checked> {
+    let disk = device::open(&args.of, &args.image, Opening::patient(Mode::Read))?;
+    Ok(upkeep::check(&disk, bar)?)
+}
+
+/// Checks the structure of an image, and then what is in it, as far as that can be found.
+fn with_structure(args: &Args, bar: &mut Bar) -> anyhow::Result<(Option<Structure>, Checked)> {
     let spec = args.of.spec(&args.image)?;
     let repair = args.repair.map(|what| match what {
         What::Leaks => Repair::Leaks,
         What::All => Repair::All,
     });
-    let checked = vbd_formats::check(&spec, repair).map_err(|error| UsageError(error.to_string()))?;
-    if args.json {
-        print_json(&checked)?;
-    } else {
-        let name = args.image.display();
-        let mut text = String::new();
-        let shown = |line: &str| line.replace(char::is_control, "?");
-        for line in checked.findings.iter().chain(&checked.notes) {
-            text += &format!("{name}: {}\n", shown(line));
+    let structure = vbd_formats::check(&spec, repair).map_err(|error| UsageError(error.to_string()))?;
+    let mut inside = Checked::default();
+    if structure.errors == 0 && !structure.incomplete {
+        match look(args, bar) {
+            Ok(checked) => inside = checked,
+            Err(error) => inside.notes.push(format!("what is in it was not looked at: {error}")),
         }
-        for line in &checked.repaired {
-            text += &format!("{name}: repaired: {}\n", shown(line));
+        if args.repair.is_some() && !inside.is_clean() {
+            let what = "filesystems are repaired in raw images alone: `vbd convert` makes one of it";
+            inside.notes.push(what.to_owned());
         }
-        let what = match (checked.errors, checked.leaks, checked.incomplete) {
-            (0, 0, false) => "clean".to_owned(),
-            (errors, leaks, false) => format!("{errors} errors, {leaks} leaks"),
-            (errors, leaks, true) => format!("{errors} errors, {leaks} leaks, and not looked at any further"),
-        };
-        text += &format!("{name}: {what}\n");
-        print(&text)?;
     }
-    match (checked.is_clean(), checked.errors, checked.incomplete) {
-        (true, ..) => Ok(()),
-        (false, 0, false) => Err(Exit(3).into()),
-        _ => Err(Exit(1).into()),
-    }
+    Ok((Some(structure), inside))
 }
 
-fn object(checked: &Checked) -> Object {
+/// What was found in the structure, in words.
+fn structure_text(name: &str, found: &Structure) -> String {
+    let mut text = String::new();
+    let shown = |line: &str| line.replace(char::is_control, "?");
+    for line in found.findings.iter().chain(&found.notes) {
+        text += &format!("{name}: {}\n", shown(line));
+    }
+    for line in &found.repaired {
+        text += &format!("{name}: repaired: {}\n", shown(line));
+    }
+    let what = match (found.errors, found.leaks, found.incomplete) {
+        (0, 0, false) => "clean".to_owned(),
+        (errors, leaks, false) => format!("{errors} errors, {leaks} leaks"),
+        (errors, leaks, true) => format!("{errors} errors, {leaks} leaks, and not looked at any further"),
+    };
+    text + &format!("{name}: {what}\n")
+}
+
+fn object(structure: Option<&Structure>, checked: &Checked) -> Object {
     let filesystems = checked.volumes.iter().map(|(volume, report)| FilesystemObject {
         partition: volume.partition,
         clean: report.is_clean(),
@@ -151,11 +192,19 @@ fn object(checked: &Checked) -> Object {
         directories: report.directories,
         blocks: report.blocks,
     });
+    let notes = structure.map(|found| &found.notes).into_iter().flatten().chain(&checked.notes);
     Object {
-        clean: checked.is_clean(),
+        clean: checked.is_clean() && structure.is_none_or(Structure::is_clean),
         problems: checked.problems.clone(),
-        notes: checked.notes.clone(),
+        notes: notes.cloned().collect(),
         filesystems: filesystems.collect(),
+        structure: structure.map(|found| StructureObject {
+            errors: found.errors,
+            leaks: found.leaks,
+            findings: found.findings.clone(),
+            repaired: found.repaired.clone(),
+            incomplete: found.incomplete,
+        }),
     }
 }
 

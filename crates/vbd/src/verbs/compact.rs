@@ -1,16 +1,20 @@
 //! `vbd compact`.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vbd_fs::upkeep::{self, Disk};
+use vbd_fs::upkeep;
 use vbd_image::lease::Mode;
 use vbd_image::size::Human;
 
+use super::device::{self, Opening};
+use super::image::ImageArgs;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
 
-/// Give storage back: blocks that the filesystems in an image hold free become holes of the file.
+/// Give storage back: blocks that the filesystems in an image hold free become holes of the file, or in a qcow2 image
+/// (--format) clusters that are free.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The file
@@ -18,6 +22,8 @@ pub(crate) struct Args {
     /// Print JSON, sizes in bytes
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    of: ImageArgs,
 }
 
 /// What came of it, for programs.
@@ -29,11 +35,15 @@ struct Object {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let disk = Disk::open(&args.image, Mode::Write)?;
+    let disk = device::open(&args.of, &args.image, Opening::patient(Mode::Write))?;
     let mut bar = Bar::new(stop_on_signals());
     let result = upkeep::compact(&disk, &mut bar);
     bar.clear();
-    let done = result?;
+    let mut done = result?;
+    // Some formats give space back when they are closed.
+    drop(disk);
+    done.after = args.image.metadata()?.blocks() * 512;
+    done.punched = done.before.saturating_sub(done.after);
     if args.json {
         return print_json(&Object {
             punched: done.punched,

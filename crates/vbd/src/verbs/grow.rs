@@ -7,19 +7,24 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use vbd_core::SECTOR;
 use vbd_daemon::control::{Grow, Grown};
+use vbd_formats::Format;
 use vbd_fs::Time;
-use vbd_fs::upkeep::{self, Disk};
+use vbd_fs::upkeep::{self, Larger};
 use vbd_image::lease::{self, Lease};
 use vbd_image::open::{self, Kind};
 use vbd_image::size::{Human, Size, SizeError};
 
 use super::control::{self, unknown};
+use super::device::{self, Opening};
+use super::image::ImageArgs;
 use crate::output::print;
 
 /// Make a disk larger: one that is served, whose guest sees it at once, or a file.
 ///
-/// In a file that nobody serves, the last partition and the ext3 or ext4 filesystem in it grow with it.
+/// In a file that nobody serves, of whatever format (--format), the last partition and the ext3 or ext4 filesystem in it
+/// grow with it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The name of a disk that is served, or a file
@@ -33,6 +38,8 @@ pub(crate) struct Args {
     /// Leave partitions and filesystems in a file as they are
     #[arg(long)]
     file_only: bool,
+    #[command(flatten)]
+    image: ImageArgs,
     #[command(flatten)]
     control: control::Args,
 }
@@ -63,11 +70,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         other => other,
     };
     if served.is_none() && file.exists() && !args.file_only {
-        return inside(file, to);
+        return inside(&args.image, file, to);
     }
     let (name, grown) = match served {
         Some(found) => (found.disk.name.clone(), found.client.grow(&found.disk.name, to)?),
-        None if file.exists() => (args.target.clone(), offline(file, to)?),
+        None if file.exists() => (args.target.clone(), offline(&args.image, file, to)?),
         None if args.target.contains('/') => bail!("{}: there is no such file", file.display()),
         None => {
             return Err(unknown(&args.target).context(format!("{}: there is no such file", file.display())));
@@ -77,10 +84,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// Makes a file larger that nobody serves, with what is in it.
-fn inside(path: &Path, to: Grow) -> anyhow::Result<()> {
+fn inside(image: &ImageArgs, path: &Path, to: Grow) -> anyhow::Result<()> {
     not_a_device(path)?;
-    let disk = Disk::open(path, lease::Mode::Write)?;
-    let Some(size) = to.of(disk.size) else { bail!("{}: no file can become that large", path.display()) };
+    let open = || device::open(image, path, Opening::patient(lease::Mode::Write));
+    let mut disk = open()?;
+    let Some(mut size) = to.of(disk.size) else { bail!("{}: no file can become that large", path.display()) };
+    if disk.device.plain().is_none() {
+        size = size.next_multiple_of(SECTOR);
+    }
     if size < disk.size {
         bail!(
             "{}: it has {} ({} bytes), and a disk does not become smaller this way: `vbd shrink` does that",
@@ -89,7 +100,15 @@ fn inside(path: &Path, to: Grow) -> anyhow::Result<()> {
             disk.size
         );
     }
-    let larger = upkeep::grow(&disk, size, Time::now())?;
+    let before = disk.size;
+    if image.format(path)? == Format::Vhd && size > before {
+        // The tables of such an image move, which is not done while it is open.
+        upkeep::may_grow(&disk, size, Time::now())?;
+        drop(disk);
+        vbd_jobs::resize(&image.spec(path)?, |_| Some(size), false)?;
+        disk = open()?;
+    }
+    let larger = Larger { before, ..upkeep::grow(&disk, size, Time::now())? };
     let name = path.display();
     let mut text = format!("{name}: {} -> {}\n", Human(larger.before), Human(larger.size));
     if let Some((volume, before, after)) = larger.filesystem {
@@ -107,8 +126,12 @@ fn not_a_device(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Makes a file larger that nobody serves, and nothing in it, and keeps others from it meanwhile.
-fn offline(path: &Path, to: Grow) -> anyhow::Result<Grown> {
+fn offline(image: &ImageArgs, path: &Path, to: Grow) -> anyhow::Result<Grown> {
     not_a_device(path)?;
+    if image.format(path)? != Format::Raw {
+        let (before, size) = vbd_jobs::resize(&image.spec(path)?, |before| to.of(before), false)?;
+        return Ok(Grown { before, size });
+    }
     let failed = |doing| move || format!("{}: {doing}", path.display());
     let file =
         File::options().read(true).write(true).open(path).with_context(failed("opening it for writing"))?;

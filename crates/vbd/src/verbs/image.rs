@@ -13,7 +13,7 @@ use vbd_qcow2::{Backing, CreateOptions, Version};
 use crate::UsageError;
 
 /// Which image, and what it may name.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(super) struct ImageArgs {
     /// The format of the file, raw unless said; it is never guessed
     #[arg(long)]
@@ -25,7 +25,7 @@ pub(super) struct ImageArgs {
 }
 
 /// What unlocks an encrypted image.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(super) struct KeyArgs {
     /// The file with the key of an encrypted disk (--format luks): all of its bytes; of a descriptor, /dev/fd/N
     #[arg(long, value_name = "FILE")]
@@ -40,7 +40,7 @@ impl KeyArgs {
 }
 
 /// What images may name.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(super) struct GateArgs {
     /// A directory, besides the file's own, where it may name backing files and data files; may be given again
     #[arg(long, value_name = "DIR")]
@@ -125,7 +125,10 @@ impl KindArgs {
         let Some(backing) = &self.backing else { return Ok(None) };
         let file = image.parent().unwrap_or(Path::new("")).join(backing);
         let format = super::format_of(&file, self.backing_format, "--backing-format")?;
-        Ok(Some(Backing { name: backing.as_os_str().as_bytes().to_vec(), format: format.to_string() }))
+        Ok(Some(Backing {
+            name: backing.as_os_str().as_bytes().to_vec(),
+            format: format.in_images().to_owned(),
+        }))
     }
 
     /// A new image at `path`; its size is still to be set.

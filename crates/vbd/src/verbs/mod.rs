@@ -16,6 +16,7 @@ mod control;
 mod convert;
 mod create;
 mod detach;
+mod device;
 mod disk;
 mod grow;
 mod image;

@@ -1,25 +1,28 @@
 //! Opening a disk to change what is in it.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use vbd_ext4::edit::{EditError, Editor, Ino, Timestamp, Where};
-use vbd_ext4::read::{self, Inode, Links, Part};
+use vbd_ext4::read::{self, Inode, Links};
 use vbd_fs::Time;
-use vbd_image::lease::{self, Lease};
-use vbd_image::open;
+use vbd_image::lease::Mode;
 
-use super::{Access, Target};
+use super::{Target, open};
 use crate::UsageError;
+use crate::verbs::device::{self, Opening};
+use crate::verbs::image::ImageArgs;
 
 /// How a disk is changed.
-#[derive(clap::Args, Clone, Copy)]
+#[derive(clap::Args, Clone)]
 pub(crate) struct Changing {
     /// The partition, where the file is a whole disk; not needed where one alone has a filesystem of this family
     #[arg(long, value_name = "N")]
     pub(super) partition: Option<u32>,
+    #[command(flatten)]
+    pub(super) image: ImageArgs,
 }
 
 /// A disk that is changed. As long as it is there, nobody else may use the disk.
@@ -27,7 +30,6 @@ pub(crate) struct Changed {
     pub(crate) editor: Editor,
     pub(crate) now: Timestamp,
     image: PathBuf,
-    _lease: Lease,
 }
 
 /// The time as inodes have it.
@@ -38,17 +40,14 @@ pub(crate) fn now() -> Time {
 impl Changing {
     /// Takes the lease for writing and opens the filesystem that is meant; nothing is changed before the commit, but what
     /// the journal holds is put into its place.
-    pub(crate) fn open(self, path: &Path) -> anyhow::Result<Changed> {
-        let image = open::open_to_write(path)?;
-        let options = lease::Options::default();
-        let lease = Lease::acquire(image.file.as_fd(), path, lease::Mode::Write, options)?;
-        let (start, size) = Access::for_partition(self.partition).place(&image, path)?;
-        let file = image.file.try_clone().with_context(|| path.display().to_string())?;
+    pub(crate) fn open(&self, path: &Path) -> anyhow::Result<Changed> {
+        let opening = Opening { mode: Mode::Write, share: false, wait: Duration::ZERO };
+        let disk = device::open(&self.image, path, opening)?;
+        let volume = open::volume(&disk, self.partition)?;
         let Time { seconds, nanoseconds } = now();
         let now = Timestamp { seconds, nanoseconds };
-        let editor = Editor::open(Part::new(file, start, size), now);
-        let editor = editor.with_context(|| path.display().to_string())?;
-        Ok(Changed { editor, now, image: path.to_owned(), _lease: lease })
+        let editor = Editor::open(disk.part(&volume), now).with_context(|| disk.name(&volume))?;
+        Ok(Changed { editor, now, image: path.to_owned() })
     }
 }
 

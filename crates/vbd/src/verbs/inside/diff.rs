@@ -4,6 +4,7 @@ use std::io::{self, BufWriter, Write};
 
 use serde::Serialize;
 use vbd_ext4::read::Links;
+use vbd_formats::Format;
 use vbd_fs::inside::compare::{self, Change, Difference, Options, Side};
 
 use super::{Access, Target, ls, shown};
@@ -29,6 +30,9 @@ pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// The format of the second disk; that of the first unless said
+    #[arg(long, value_name = "FORMAT")]
+    second_format: Option<Format>,
     #[command(flatten)]
     access: Access,
 }
@@ -59,7 +63,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 
 fn differences(args: &Args) -> anyhow::Result<u64> {
     let first = args.access.open(&args.first.image)?;
-    let second = args.access.open(&args.second.image)?;
+    let second = match args.second_format {
+        Some(format) => args.access.of_format(format).open(&args.second.image)?,
+        None => args.access.open(&args.second.image)?,
+    };
     let left = first.find(&args.first, Links::Follow)?;
     let right = second.find(&args.second, Links::Follow)?;
     let options = Options {
