@@ -24,8 +24,8 @@ pub enum Kind {
     Qcow2(Box<vbd_qcow2::CreateOptions>),
     /// A VHD.
     Vhd(VhdKind),
-    /// A disk encrypted with a new key, which this unlocks.
-    Luks(Option<Secret>),
+    /// A disk encrypted with a new key.
+    Luks,
 }
 
 /// How a new VHD is to be.
@@ -50,6 +50,8 @@ pub struct NewImage {
     pub size: u64,
     /// Replace a file that is there, unless it is in use.
     pub replace: bool,
+    /// Encrypt it with a new key, which this unlocks. For LUKS and qcow2.
+    pub secret: Option<Secret>,
 }
 
 impl NewImage {
@@ -62,13 +64,13 @@ impl NewImage {
             Format::Raw => Kind::Raw { preallocate: false },
             Format::Qcow2 => Kind::Qcow2(Box::default()),
             Format::Vhd => Kind::Vhd(VhdKind::default()),
-            Format::Luks => Kind::Luks(None),
+            Format::Luks => Kind::Luks,
             Format::Vmdk | Format::Vdi | Format::Vhdx => {
                 let message = format!("{format} images are read, not made: make a raw, qcow2 or vhd image");
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
         };
-        Ok(NewImage { kind, size, replace: false })
+        Ok(NewImage { kind, size, replace: false, secret: None })
     }
 
     /// Its format.
@@ -77,7 +79,7 @@ impl NewImage {
             Kind::Raw { .. } => Format::Raw,
             Kind::Qcow2(_) => Format::Qcow2,
             Kind::Vhd(_) => Format::Vhd,
-            Kind::Luks(_) => Format::Luks,
+            Kind::Luks => Format::Luks,
         }
     }
 
@@ -89,7 +91,7 @@ impl NewImage {
     pub fn backing(&self, path: &Path) -> Result<Option<(PathBuf, Format)>> {
         let shown = || path.display().to_string();
         let (name, format) = match &self.kind {
-            Kind::Raw { .. } | Kind::Luks(_) => return Ok(None),
+            Kind::Raw { .. } | Kind::Luks => return Ok(None),
             Kind::Qcow2(options) => {
                 let Some(backing) = &options.backing else { return Ok(None) };
                 let format = backing.format.parse::<Format>();
@@ -167,6 +169,10 @@ fn parent(path: &Path, image: &NewImage, kind: &VhdKind) -> Result<Option<Parent
 /// The file cannot be made, or the format cannot be so.
 pub fn create(path: &Path, image: &NewImage) -> Result<()> {
     let refused = |message: String| Error::new(ErrorKind::Unsupported, message);
+    if image.secret.is_some() && !matches!(image.kind, Kind::Luks | Kind::Qcow2(_)) {
+        let message = format!("a {} image cannot be encrypted: make a luks or qcow2 image", image.format());
+        return Err(refused(message));
+    }
     match &image.kind {
         Kind::Raw { preallocate } => {
             let size = Size::from_bytes(image.size).map_err(|error| refused(error.to_string()))?;
@@ -177,6 +183,7 @@ pub fn create(path: &Path, image: &NewImage) -> Result<()> {
             let options = vbd_qcow2::CreateOptions {
                 size: image.size,
                 replace: image.replace,
+                luks_header: image.secret.as_ref().map(|secret| luks_header(path, secret)).transpose()?,
                 ..vbd_qcow2::CreateOptions::clone(options)
             };
             vbd_qcow2::create(path, &options).map_err(|error| {
@@ -188,7 +195,7 @@ pub fn create(path: &Path, image: &NewImage) -> Result<()> {
                 Error::new(kind, error.to_string())
             })
         }
-        Kind::Luks(secret) => encrypted(path, image, secret.as_ref()),
+        Kind::Luks => encrypted(path, image),
         Kind::Vhd(kind) => {
             let mut options = vbd_vhd::create::CreateOptions::new(image.size);
             (options.fixed, options.preallocate, options.replace) =
@@ -200,12 +207,18 @@ pub fn create(path: &Path, image: &NewImage) -> Result<()> {
     }
 }
 
+/// A header with a new key. This takes as long as unlocking it will.
+fn luks_header(path: &Path, secret: &Secret) -> Result<Vec<u8>> {
+    vbd_luks::format(secret, &vbd_luks::FormatOptions::default())
+        .map_err(|error| Error::new(ErrorKind::Io, error.to_string()).of(path.display().to_string()))
+}
+
 /// Makes an encrypted disk: a LUKS header, and behind it as many bytes as the disk is to have.
-fn encrypted(path: &Path, image: &NewImage, secret: Option<&Secret>) -> Result<()> {
+fn encrypted(path: &Path, image: &NewImage) -> Result<()> {
     let shown = || path.display().to_string();
     let failed = |error| Error::io("cannot write it", error).of(shown());
-    let secret = secret.ok_or_else(|| {
-        let message = "an encrypted disk needs a key: say --key-file FILE";
+    let secret = image.secret.as_ref().ok_or_else(|| {
+        let message = "an encrypted disk needs a key: say --key-file FILE or --key-fd N";
         Error::new(ErrorKind::Unsupported, message).of(shown())
     })?;
     if image.size == 0 || !image.size.is_multiple_of(512) {
@@ -214,8 +227,7 @@ fn encrypted(path: &Path, image: &NewImage, secret: Option<&Secret>) -> Result<(
     }
     let draft = vbd_image::create::Draft::new(path, image.replace)
         .map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
-    let header = vbd_luks::format(secret, &vbd_luks::FormatOptions::default())
-        .map_err(|error| Error::new(ErrorKind::Io, error.to_string()).of(shown()))?;
+    let header = luks_header(path, secret)?;
     let file = draft.file();
     std::os::unix::fs::FileExt::write_all_at(file, &header, 0).map_err(failed)?;
     let len = image.size.checked_add(header.len() as u64);

@@ -144,7 +144,7 @@ fn one(
         Details::Raw => Ok(Raw::new(spec.raw())),
         Details::Luks(_) => {
             let secret = spec.secret.clone().ok_or_else(|| {
-                let message = "is encrypted with LUKS: say --key-file FILE (`key-file` in a configuration)";
+                let message = "is encrypted with LUKS: say --key-file FILE or --key-fd N (`key-file` in a configuration)";
                 Error::new(ErrorKind::Unsupported, message).of(spec.path.display().to_string())
             })?;
             Ok(Luks::new(LuksOptions { inner: Raw::new(spec.raw()), path: spec.path.clone(), secret }))
@@ -168,6 +168,7 @@ fn one(
                 faults: spec.faults.clone(),
                 backing,
                 data_file,
+                secret: spec.secret.clone(),
                 bitmaps: spec.bitmaps.clone(),
                 notes: spec.notes,
                 ..Qcow2Options::new(&spec.path)

@@ -99,14 +99,20 @@ pub fn convert(
     let mut image = options.target.clone();
     image.size = source.size();
     create::may_publish(target, image.replace)?;
+    if options.compress && image.secret.is_some() {
+        let message = "what is encrypted is not compressed too: leave out one of the two";
+        return Err(Error::Refused(format!("{}: {message}", target.display())));
+    }
     let base = base(&image, target, source_spec)?;
     let draft = Draft::new(target);
+    // The key is not shown: a draft of another one is not unlocked by this.
     let journal = Journal::new(files, format!("{image:?}, compressed: {}", options.compress));
     let (done, journal) = draft.begin(journal, options.leftover, &image)?;
     let spec = ImageSpec {
         cache: options.cache,
         lease_wait: Duration::ZERO,
         gate: image.gate(target, &source_spec.gate)?,
+        secret: image.secret.clone(),
         ..ImageSpec::new(&draft.path, image.format())
     };
     let fill = || -> Result<u64> {

@@ -40,7 +40,7 @@ pub fn measure(source: Option<&ImageSpec>, mut image: NewImage) -> Result<Measur
             let data = if *preallocate { image.size } else { ranges.iter().map(|(_, len)| len).sum() };
             Ok(Measured { required: data, full: image.size })
         }
-        Kind::Luks(_) => {
+        Kind::Luks => {
             // Zeroes are encrypted too, so all of it is written.
             let full = image.size + vbd_luks::header_len(&vbd_luks::FormatOptions::default());
             Ok(Measured { required: full, full })

@@ -6,13 +6,12 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use vbd_core::range_lock::RangeLocks;
 use vbd_core::{
     Capabilities, Channel, Client, Disk, Error, ErrorKind, Event, Geometry, Result, Session, Statistics,
 };
 use vbd_ring::{Local, Reactor, Settings};
 
-use crate::{Header, LuksError, Secret, SectorCipher};
+use crate::{Encrypted, Header, LuksError, Secret};
 use channel::LuksChannel;
 
 /// The longest zeroing in one request, in bytes: zeroes are encrypted and written as everything else.
@@ -35,22 +34,11 @@ pub struct Luks {
     session: Arc<Mutex<Weak<LuksSession>>>,
 }
 
-/// What channels share.
-struct Shared {
-    label: String,
-    cipher: SectorCipher,
-    /// Where the data begins in the disk below, in bytes.
-    offset: u64,
-    /// Its length, where it does not go on to the end.
-    len: Option<u64>,
-    first_number: u64,
-    /// Sectors that are being written: nobody may read one to change it meanwhile.
-    writes: Arc<RangeLocks>,
-}
-
 struct LuksSession {
     inner: Arc<dyn Session>,
-    shared: Arc<Shared>,
+    data: Arc<Encrypted>,
+    /// The data's length, where it does not go on to the end.
+    len: Option<u64>,
 }
 
 /// The part of a disk that its data has.
@@ -92,18 +80,11 @@ impl Luks {
     }
 
     fn error(&self, error: LuksError) -> Error {
-        let label = self.options.path.display().to_string();
-        match error {
-            LuksError::Io(error) => Error::io("cannot read the LUKS header", error).of(label),
-            LuksError::Unsupported(_) | LuksError::WrongKey | LuksError::Key { .. } => {
-                Error::new(ErrorKind::Unsupported, error.to_string()).of(label)
-            }
-            other => Error::new(ErrorKind::Corrupt, other.to_string()).of(label),
-        }
+        error.of(&self.options.path.display().to_string())
     }
 
     /// Reads the header through the disk below, which holds the lease, and unlocks it.
-    fn unlock(&self, inner: &Arc<dyn Session>) -> Result<Shared> {
+    fn unlock(&self, inner: &Arc<dyn Session>) -> Result<(Arc<Encrypted>, Option<u64>)> {
         let label = self.options.path.display().to_string();
         let reactor = Reactor::spawn("luks", Settings::default())
             .map_err(|error| Error::io("cannot start a reactor", error).of(&label))?;
@@ -115,8 +96,7 @@ impl Luks {
             let message = "ends before its data begins: it was truncated, or has a header alone";
             return Err(Error::new(ErrorKind::Corrupt, message).of(label));
         }
-        let (cipher, first_number) = (unlocked.cipher, unlocked.first_number);
-        Ok(Shared { label, cipher, offset, len, first_number, writes: Arc::default() })
+        Ok((Encrypted::new(unlocked.cipher, offset, unlocked.first_number, label), len))
     }
 }
 
@@ -131,8 +111,8 @@ impl Disk for Luks {
             return Ok(session);
         }
         let inner = self.options.inner.open()?;
-        let shared = Arc::new(self.unlock(&inner)?);
-        let session = Arc::new(LuksSession { inner, shared });
+        let (data, len) = self.unlock(&inner)?;
+        let session = Arc::new(LuksSession { inner, data, len });
         *current = Arc::downgrade(&session);
         Ok(session)
     }
@@ -173,9 +153,8 @@ impl Disk for Luks {
 
 impl LuksSession {
     fn part(&self) -> Part {
-        let Shared { offset, len, cipher, .. } = &*self.shared;
-        let sector_size = u32::try_from(cipher.sector_size()).expect("4096 at most");
-        Part { offset: *offset, len: *len, sector_size }
+        let sector_size = u32::try_from(self.data.sector_size()).expect("4096 at most");
+        Part { offset: self.data.offset(), len: self.len, sector_size }
     }
 }
 
@@ -198,10 +177,10 @@ impl Session for LuksSession {
     }
 
     fn grow(&self, size: u64) -> Result<()> {
-        if self.shared.len.is_some() || !size.is_multiple_of(self.shared.cipher.sector_size()) {
+        if self.len.is_some() || !size.is_multiple_of(self.data.sector_size()) {
             let message = "its data has a fixed length, or the size is no multiple of its sectors";
-            return Err(Error::new(ErrorKind::Unsupported, message).of(&self.shared.label));
+            return Err(Error::new(ErrorKind::Unsupported, message).of(self.data.label()));
         }
-        self.inner.grow(size.saturating_add(self.shared.offset))
+        self.inner.grow(size.saturating_add(self.data.offset()))
     }
 }

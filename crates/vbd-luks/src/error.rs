@@ -1,5 +1,7 @@
 //! What can be wrong with an encrypted disk.
 
+use vbd_core::{Error, ErrorKind};
+
 /// Why an encrypted disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LuksError {
@@ -39,6 +41,18 @@ pub enum LuksError {
 }
 
 impl LuksError {
+    /// As an error of the disk that is called so.
+    pub fn of(self, label: &str) -> Error {
+        let error = match self {
+            LuksError::Io(error) => Error::io("cannot read the LUKS header", error),
+            LuksError::Unsupported(_) | LuksError::WrongKey | LuksError::Key { .. } => {
+                Error::new(ErrorKind::Unsupported, self.to_string())
+            }
+            other => Error::new(ErrorKind::Corrupt, other.to_string()),
+        };
+        error.of(label)
+    }
+
     pub(crate) fn value(field: &'static str, found: impl ToString, allowed: &'static str) -> Self {
         // A header's text may be anything.
         let found = found.to_string().chars().take(80).collect::<String>().escape_debug().to_string();

@@ -10,7 +10,7 @@ use crate::kdf::{Hash, pbkdf2};
 use crate::v1::{DISABLED, ENABLED, FIRST_SLOT, SECTOR, SLOT_LEN, SLOTS};
 use crate::{LuksError, Secret, SectorCipher, split};
 
-const STRIPES: u32 = 4000;
+pub(crate) const STRIPES: u32 = 4000;
 /// Key material begins at multiples of this.
 const MATERIAL_ALIGNMENT: u64 = 4096;
 /// And the data at multiples of this, so that it stays aligned for any storage.
@@ -127,14 +127,14 @@ fn in_sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR).expect("small")
 }
 
-fn random(bytes: &mut [u8]) -> Result<(), LuksError> {
+pub(crate) fn random(bytes: &mut [u8]) -> Result<(), LuksError> {
     let from = "/dev/urandom";
     let failed = |error| LuksError::Key { from: from.into(), error };
     std::fs::File::open(from).map_err(failed)?.read_exact(bytes).map_err(failed)
 }
 
 /// How many iterations take the time that unlocking is to take.
-fn measured(hash: Hash, key_len: usize) -> Result<u32, LuksError> {
+pub(crate) fn measured(hash: Hash, key_len: usize) -> Result<u32, LuksError> {
     let mut tried = 10_000;
     loop {
         let start = Instant::now();

@@ -69,6 +69,26 @@ impl Header {
         }))
     }
 
+    /// The header, where it is of version 1.
+    pub(crate) fn one(&self) -> Result<&v1::Header, LuksError> {
+        match &self.0 {
+            Version::One(header) => Ok(header),
+            Version::Two(_) => {
+                let message =
+                    "keys of LUKS2 are changed with cryptsetup: luksAddKey, luksRemoveKey, luksKillSlot";
+                Err(LuksError::Unsupported(message.to_owned()))
+            }
+        }
+    }
+
+    /// Its version: 1 or 2.
+    pub fn version(&self) -> u32 {
+        match &self.0 {
+            Version::One(_) => 1,
+            Version::Two(_) => 2,
+        }
+    }
+
     /// Tries a passphrase on each key slot. Takes as long as the header says: a second or so for each.
     ///
     /// # Errors
@@ -129,8 +149,13 @@ pub(crate) struct Material {
 
 impl Material {
     /// Its bytes, in whole sectors.
-    fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         (self.key_len as u64 * u64::from(self.stripes)).next_multiple_of(512)
+    }
+
+    /// Where it begins and ends.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        (self.offset, self.offset.saturating_add(self.len()))
     }
 
     pub(crate) fn check(&self) -> Result<(), LuksError> {

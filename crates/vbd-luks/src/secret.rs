@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::io::{Read, Seek};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use zeroize::Zeroizing;
@@ -39,6 +39,38 @@ impl Secret {
     pub fn from_descriptor(descriptor: OwnedFd) -> Result<Self, LuksError> {
         let failed = |error| LuksError::Key { from: "the descriptor".into(), error };
         Self::read(File::from(descriptor)).map_err(failed)
+    }
+
+    /// All bytes of the descriptor that this process was given by number, up to its end; of a file, from its start on. The
+    /// descriptor stays open.
+    ///
+    /// # Errors
+    /// There is none of that number, or as [`from_file`](Self::from_file).
+    pub fn from_number(number: i32) -> Result<Self, LuksError> {
+        let failed = |error| LuksError::Key { from: format!("descriptor {number}"), error };
+        if number < 0 {
+            return Err(failed(std::io::ErrorKind::InvalidInput.into()));
+        }
+        // SAFETY: the kernel alone looks at the number, and says so if it is no descriptor.
+        let given = unsafe { BorrowedFd::borrow_raw(number) };
+        let own = rustix::io::fcntl_dupfd_cloexec(given, 3).map_err(|error| failed(error.into()))?;
+        let mut file = File::from(own);
+        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            file.rewind().map_err(failed)?;
+        }
+        Self::read(file).map_err(failed)
+    }
+
+    /// The key in a file, or of a descriptor that this process was given, where one of them is said.
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file) and [`from_number`](Self::from_number).
+    pub fn from_either(file: Option<&Path>, number: Option<i32>) -> Result<Option<Self>, LuksError> {
+        match (file, number) {
+            (Some(file), _) => Self::from_file(file).map(Some),
+            (None, Some(number)) => Self::from_number(number).map(Some),
+            (None, None) => Ok(None),
+        }
     }
 
     fn read(file: File) -> std::io::Result<Self> {

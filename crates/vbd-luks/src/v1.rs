@@ -1,6 +1,7 @@
 //! LUKS1 ("LUKS1 On-Disk Format Specification", chapter 3): one block of numbers, big-endian, then key material.
 
 use vbd_image::ReadAt;
+use zeroize::Zeroizing;
 
 use crate::header::{MAGIC, Material, Unlocked, check_cipher, checked_key_len, exactly, is_key, text};
 use crate::kdf::{Hash, pbkdf2};
@@ -16,19 +17,22 @@ pub(crate) const DISABLED: u32 = 0x0000_dead;
 pub(crate) const SECTOR: u64 = 512;
 
 pub(crate) struct Header {
-    hash: Hash,
-    key_len: usize,
+    pub(crate) hash: Hash,
+    pub(crate) key_len: usize,
     payload: u64,
     digest: [u8; 20],
     digest_salt: [u8; 32],
     digest_iterations: u32,
-    slots: Vec<Slot>,
+    /// All eight.
+    pub(crate) slots: Vec<Slot>,
 }
 
-struct Slot {
+pub(crate) struct Slot {
+    pub(crate) number: usize,
+    pub(crate) active: bool,
     iterations: u32,
     salt: [u8; 32],
-    material: Material,
+    pub(crate) material: Material,
 }
 
 fn number(bytes: &[u8], at: usize) -> u32 {
@@ -43,17 +47,19 @@ impl Header {
         let hash = Hash::named(&text(&bytes[72..104]))?;
         let key_len = checked_key_len(u64::from(number(&bytes, 108)))?;
         let mut slots = Vec::new();
-        for slot in bytes[FIRST_SLOT..].chunks_exact(SLOT_LEN) {
-            match number(slot, 0) {
-                ENABLED => {}
-                DISABLED => continue,
+        for (index, slot) in bytes[FIRST_SLOT..].chunks_exact(SLOT_LEN).enumerate() {
+            let active = match number(slot, 0) {
+                ENABLED => true,
+                DISABLED => false,
                 _ => return Err(LuksError::Damaged("a key slot is neither in use nor free")),
-            }
+            };
             let offset = u64::from(number(slot, 40)) * SECTOR;
             let material = Material { offset, key_len, stripes: number(slot, 44), hash };
-            material.check()?;
+            if active {
+                material.check()?;
+            }
             let salt = slot[8..40].try_into().expect("32 bytes");
-            slots.push(Slot { iterations: number(slot, 4), salt, material });
+            slots.push(Slot { number: index, active, iterations: number(slot, 4), salt, material });
         }
         Ok(Header {
             hash,
@@ -71,22 +77,37 @@ impl Header {
         source: &(impl ReadAt + ?Sized),
         secret: &Secret,
     ) -> Result<Unlocked, LuksError> {
+        Unlocked::new(self.unlock_key(source, secret)?, 512, self.payload, None, 0)
+    }
+
+    /// The volume key.
+    pub(crate) fn unlock_key(
+        &self,
+        source: &(impl ReadAt + ?Sized),
+        secret: &Secret,
+    ) -> Result<Zeroizing<Vec<u8>>, LuksError> {
         let mut failed = None;
-        for slot in &self.slots {
-            let tried = pbkdf2(self.hash, secret.bytes(), &slot.salt, slot.iterations, self.key_len)
-                .and_then(|derived| slot.material.open(source, &derived));
-            let key = match tried {
-                Ok(key) => key,
-                Err(error) => {
-                    failed = Some(error);
-                    continue;
-                }
-            };
-            if is_key(self.hash, &key, &self.digest_salt, self.digest_iterations, &self.digest)? {
-                return Unlocked::new(key, 512, self.payload, None, 0);
+        for slot in self.slots.iter().filter(|slot| slot.active) {
+            match self.open_slot(slot, source, secret) {
+                Ok(Some(key)) => return Ok(key),
+                Ok(None) => {}
+                Err(error) => failed = Some(error),
             }
         }
         Err(failed.unwrap_or(LuksError::WrongKey))
+    }
+
+    /// The volume key, if the slot takes this passphrase.
+    pub(crate) fn open_slot(
+        &self,
+        slot: &Slot,
+        source: &(impl ReadAt + ?Sized),
+        secret: &Secret,
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, LuksError> {
+        let derived = pbkdf2(self.hash, secret.bytes(), &slot.salt, slot.iterations, self.key_len)?;
+        let key = slot.material.open(source, &derived)?;
+        let is_key = is_key(self.hash, &key, &self.digest_salt, self.digest_iterations, &self.digest)?;
+        Ok(is_key.then_some(key))
     }
 
     pub(crate) fn payload_offset(&self) -> u64 {

@@ -92,6 +92,121 @@ fn what_is_converted_is_what_qemu_wrote() {
     qemu_io(&dir, &["read -P 6 1M 64k", "write -P 7 4M 1M"]);
 }
 
+/// Runs the verb with the file `key` as its descriptor 3.
+fn with_descriptor(directory: &Path, command: &str) -> Output {
+    let script = format!("exec \"$0\" {command} 3<key");
+    let vbd = env!("CARGO_BIN_EXE_vbd");
+    Command::new("sh").args(["-c", &script, vbd]).current_dir(directory).output().unwrap()
+}
+
+/// QEMU's own view of an encrypted qcow2 image.
+fn qemu_io_qcow2(directory: &Path, file: &str, key: &str, commands: &[&str]) {
+    let secret = format!("secret,id=key,file={key}");
+    let image = format!("driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={file}");
+    let commands = commands.iter().flat_map(|command| ["-c", command]);
+    let output = Command::new("qemu-io")
+        .args(["--object", &secret, "--image-opts", &image])
+        .args(commands)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{said}{output:?}");
+}
+
+#[test]
+fn qcow2_images_are_encrypted_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path();
+    fs::write(dir.join("key"), "a passphrase").unwrap();
+    fs::write(dir.join("other"), "another").unwrap();
+    let made = "create disk.qcow2 --format qcow2 --encrypt --size 4M --key-fd 3";
+    done(&with_descriptor(dir, made));
+    qemu_io_qcow2(dir, "disk.qcow2", "key", &["write -P 5 1M 64k"]);
+    done(&with_descriptor(dir, "convert disk.qcow2 plain --from qcow2 --key-fd 3"));
+    let mut wanted = vec![0; 4 << 20];
+    wanted[1 << 20..][..64 << 10].fill(5);
+    assert!(fs::read(dir.join("plain")).unwrap() == wanted);
+
+    let to = [
+        "convert",
+        "plain",
+        "new.qcow2",
+        "--to",
+        "qcow2",
+        "--encrypt",
+        "--new-key-file",
+        "other",
+        "--verify",
+    ];
+    done(&vbd(dir, &to));
+    qemu_io_qcow2(dir, "new.qcow2", "other", &["read -P 5 1M 64k", "read -P 0 0 1M"]);
+    done(&vbd(dir, &["compare", "new.qcow2", "plain", "--format", "qcow2", "--key-file", "other"]));
+    // What is checked needs no key.
+    done(&vbd(dir, &["check", "new.qcow2", "--format", "qcow2"]));
+    // From one key to another.
+    let again =
+        ["convert", "new.qcow2", "again.qcow2", "--from", "qcow2", "--key-file", "other", "--to", "qcow2"];
+    done(&vbd(dir, &[&again[..], &["--encrypt", "--new-key-file", "key"]].concat()));
+    qemu_io_qcow2(dir, "again.qcow2", "key", &["read -P 5 1M 64k"]);
+
+    let size = |more: &[&str]| -> u64 {
+        let told = done(&vbd(dir, &[&["measure", "plain", "--to", "qcow2", "--json"][..], more].concat()));
+        let number = told.split("\"required\":").nth(1).unwrap().trim_start();
+        number.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+    };
+    assert_eq!(size(&["--encrypt"]) - size(&[]), 2 << 20, "room for the key slots");
+    let there = fs::metadata(dir.join("new.qcow2")).unwrap().len();
+    assert!(there <= size(&["--encrypt"]), "{there}");
+
+    let info = done(&vbd(dir, &["info", "new.qcow2"]));
+    assert!(info.contains("encrypted"), "{info}");
+    let create = ["create", "one.qcow2", "--format", "qcow2", "--size", "1M"];
+    let create = |more: &[&str]| vbd(dir, &[&create[..], more].concat());
+    refused(&create(&["--encrypt"]), 2, &["say --key-file FILE or --key-fd N"]);
+    refused(&create(&["--key-file", "key"]), 2, &["say --encrypt"]);
+    refused(&create(&["--encrypt", "--key-fd", "77"]), 1, &["cannot read the key from descriptor 77"]);
+    let both = ["--encrypt", "--key-file", "key", "--key-fd", "3"];
+    refused(&create(&both), 2, &["cannot be used with"]);
+    refused(&vbd(dir, &[&to[..], &["--force", "--compress", "zstd"]].concat()), 2, &["leave out --compress"]);
+    let wrong = ["convert", "new.qcow2", "no", "--from", "qcow2", "--key-file", "key"];
+    refused(&vbd(dir, &wrong), 1, &["new.qcow2: the key is wrong"]);
+    assert!(!dir.join("one.qcow2").exists() && !dir.join("no").exists());
+}
+
+#[test]
+fn an_encrypted_qcow2_image_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path();
+    fs::write(dir.join("key"), "a passphrase").unwrap();
+    done(&vbd(
+        dir,
+        &["create", "disk", "--format", "qcow2", "--encrypt", "--size", "4M", "--key-file", "key"],
+    ));
+    let script = "exec \"$0\" attach disk --format qcow2 --key-fd 3 --nbd unix:socket 3<key";
+    let child = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_vbd")])
+        .current_dir(dir)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let serving = Serving(child);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !dir.join("socket").exists() {
+        assert!(Instant::now() < deadline, "it never served");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let socket = format!("nbd+unix:///disk?socket={}", dir.join("socket").display());
+    let commands =
+        ["-c", "write -P 6 100 5000", "-c", "write -P 7 2M 1M", "-c", "write -z 2M 64k", "-c", "flush"];
+    let output = Command::new("qemu-io").args(["-f", "raw"]).args(commands).arg(socket).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{said}{output:?}");
+    drop(serving);
+    qemu_io_qcow2(dir, "disk", "key", &["read -P 6 100 5000", "read -P 0 2M 64k", "read -P 7 2112k 64k"]);
+    done(&vbd(dir, &["check", "disk", "--format", "qcow2"]));
+}
+
 #[test]
 fn keys_that_are_missing_or_wrong() {
     let (_guard, dir) = made();

@@ -194,6 +194,8 @@ pub struct DiskConfig {
     pub allow_dirs: Vec<PathBuf>,
     /// The file with the key of an encrypted image.
     pub key_file: Option<PathBuf>,
+    /// The descriptor with it, by the number that this process was given it by.
+    pub key_fd: Option<i32>,
     /// Who may write.
     pub access: Access,
     /// What a Xen guest calls it.
@@ -240,6 +242,7 @@ impl DiskConfig {
             format: Format::Raw,
             allow_dirs: Vec::new(),
             key_file: None,
+            key_fd: None,
             access: Access::ReadWrite,
             vdev: None,
             xen: None,

@@ -66,6 +66,7 @@ struct DiskTable {
     #[serde(default)]
     allow_dirs: Vec<PathText>,
     key_file: Option<PathText>,
+    key_fd: Option<Spanned<i32>>,
     access: Option<Told<Access>>,
     vdev: Option<Told<Vdev>>,
     cdrom: Option<bool>,
@@ -127,6 +128,21 @@ fn queues(queues: &Spanned<u16>, most: u16, source: &Source<'_>) -> Result<u16, 
             queues.span().start,
             format!("{count} queues cannot be had: it is a number from 1 to {most}"),
         )),
+    }
+}
+
+/// The descriptor of a key, which nothing else gives.
+fn key_descriptor(
+    number: Option<Spanned<i32>>,
+    has_file: bool,
+    source: &Source<'_>,
+) -> Result<Option<i32>, ConfigError> {
+    let Some(number) = number else { return Ok(None) };
+    let at = number.span().start;
+    match number.into_inner() {
+        _ if has_file => Err(source.error(at, "`key-file` says where the key is: leave out one of the two")),
+        number if number < 0 => Err(source.error(at, format!("{number} is no descriptor"))),
+        number => Ok(Some(number)),
     }
 }
 
@@ -218,6 +234,7 @@ fn disk(table: Spanned<DiskTable>, source: &Source<'_>, config: &Config) -> Resu
     Ok(DiskConfig {
         format: table.format.map_or(defaults.format, |format| format.0),
         allow_dirs: table.allow_dirs.into_iter().map(|dir| dir.below(source.file)).collect(),
+        key_fd: key_descriptor(table.key_fd, table.key_file.is_some(), source)?,
         key_file: table.key_file.map(|key| key.below(source.file)),
         access: access.unwrap_or(if cdrom { Access::ReadOnly } else { Access::ReadWrite }),
         vdev: table.vdev.map(|vdev| vdev.0),

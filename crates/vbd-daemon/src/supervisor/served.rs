@@ -88,7 +88,7 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
 }
 
 fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
-    let secret = config.key_file.as_deref().map(Secret::from_file).transpose().map_err(|error| {
+    let secret = Secret::from_either(config.key_file.as_deref(), config.key_fd).map_err(|error| {
         vbd_core::Error::new(vbd_core::ErrorKind::Io, error.to_string()).of(config.path.display().to_string())
     })?;
     vbd_formats::open_tracked(&ImageSpec {

@@ -210,7 +210,10 @@ fn write_tables<S: Storage + ?Sized>(
         |index: u64| L1Entry::new(plan.l2_start + (index << layout.cluster_bits), true).0.to_be_bytes();
     write_words(storage, plan.l1_start, plan.l2_tables, |index, bytes| bytes.extend(table(index)))?;
     let data = |index: u64| {
-        let entry = L2Entry::data(plan.data_start + (index << layout.cluster_bits), true);
+        let host = plan.data_start + (index << layout.cluster_bits);
+        // What was never written reads as zeroes only where nothing is decrypted, so such an image says that it does.
+        let says_zero = options.luks_header.is_some() && !layout.extended_l2;
+        let entry = if says_zero { L2Entry::zero(host, true) } else { L2Entry::data(host, true) };
         // No subcluster is allocated: the room is there, and the contents are still those of no cluster.
         let bitmap = layout.extended_l2.then_some([0; 8]);
         (entry.0.to_be_bytes(), bitmap)

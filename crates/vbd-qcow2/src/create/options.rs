@@ -97,9 +97,6 @@ impl Default for CreateOptions {
     }
 }
 
-/// Bytes of a LUKS header with key material: those of eight slots for the largest keys, and some to spare.
-const LUKS_HEADER: usize = 32 << 20;
-
 impl CreateOptions {
     /// Whether an image can be like that.
     ///
@@ -176,12 +173,18 @@ impl CreateOptions {
             }
         }
         if let Some(header) = &self.luks_header
-            && (header.is_empty() || header.len() > LUKS_HEADER)
+            && (header.is_empty() || header.len() as u64 > limit::CRYPTO_BYTES)
         {
             return refuse(format!(
-                "a LUKS header has at most {LUKS_HEADER} bytes, this one {}",
+                "a LUKS header has at most {} bytes, this one {}",
+                limit::CRYPTO_BYTES,
                 header.len()
             ));
+        }
+        if self.luks_header.is_some() && self.data_file.as_ref().is_some_and(|data| data.raw) {
+            return refuse(
+                "what is encrypted does not read as a raw image; leave out one of the two".to_owned(),
+            );
         }
         Ok(())
     }

@@ -44,6 +44,8 @@ pub mod limit {
     pub const SNAPSHOT_EXTRA: u32 = 1024;
     /// Bytes of the name of a backing file.
     pub const BACKING_NAME: u32 = 1023;
+    /// Bytes of the LUKS header with its key material: those of eight slots for the largest keys, and some to spare.
+    pub const CRYPTO_BYTES: u64 = 32 << 20;
     /// Bitmaps in an image.
     pub const BITMAPS: u32 = 65_535;
     /// Bytes of the bitmap directory.

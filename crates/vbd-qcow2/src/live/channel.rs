@@ -84,17 +84,13 @@ impl Drop for Busy {
 impl Qcow2Channel {
     /// A channel of an image, which `owner` keeps open.
     pub(super) fn new(image: Arc<Image>, owner: Guard, local: &Local) -> Result<Rc<Self>> {
-        let file = image.backend.clone().channel(local, owner.clone());
-        let data = match &image.data_file {
-            Some(data) => data.clone().channel(local)?,
-            None => file.clone(),
-        };
+        let io = Io::new(&image.files(), local, owner.clone())?;
         let l1 = image.l1();
         // Never more than the bound of the image lets live.
         let remembered = l1.len().min(image.tables.bound()).clamp(1, REMEMBERED);
         let remembered = (remembered + 1).next_power_of_two() / 2;
         let channel = Rc::new(Qcow2Channel {
-            io: Io { local: local.clone(), file, data },
+            io,
             backing: RefCell::default(),
             l1: RefCell::new(l1),
             tables: RefCell::new((0..remembered).map(|_| None).collect()),
@@ -326,7 +322,7 @@ impl Channel for Qcow2Channel {
         if let Some(backing) = self.below() {
             backing.cancel_waiting();
         }
-        if !Rc::ptr_eq(&self.io.file, &self.io.data) {
+        if self.io.apart {
             self.io.data.cancel_waiting();
         }
     }

@@ -195,7 +195,7 @@ impl Image {
         Ok(goes_on)
     }
 
-    /// Copies guest clusters to where they are to be.
+    /// Copies guest clusters to where they are to be: through what encrypts them, if they are, since that goes by the place.
     async fn copy_clusters(&self, io: &Io, moved: &[(u64, Entry, u64)]) -> Result<()> {
         let (bits, len) = (self.layout.cluster_bits, self.layout.cluster_len());
         let mut reads: Vec<Part> = Vec::new();
@@ -208,14 +208,14 @@ impl Image {
             if there > 0 {
                 let memory = vec![buffer.piece(0, there)];
                 let guard = Some(buffer.clone() as vbd_core::Guard);
-                reads.push(Box::pin(io.transfer(&io.file, Operation::Read, from, memory, guard)));
+                reads.push(Box::pin(io.transfer(&io.data, Operation::Read, from, memory, guard)));
             }
             buffers.push((buffer, to << bits));
         }
         all(reads).await?;
         let write = |(buffer, to): (Arc<Buffer>, u64)| -> Part {
             let memory = vec![buffer.whole()];
-            Box::pin(io.transfer(&io.file, Operation::Write, to, memory, Some(buffer)))
+            Box::pin(io.transfer(&io.data, Operation::Write, to, memory, Some(buffer)))
         };
         all(buffers.into_iter().map(write).collect()).await
     }

@@ -51,7 +51,8 @@ impl Compressor {
         let backend = image.backend.clone();
         let io = Remote::new(&reactor.handle(), move |local, _| {
             let file = backend.channel(local, Arc::new(()));
-            Ok(Rc::new(Io { local: local.clone(), file: file.clone(), data: file }))
+            // Only clusters that are not encrypted are compressed.
+            Ok(Rc::new(Io { local: local.clone(), file: file.clone(), data: file, apart: false }))
         });
         let io = io.map_err(|error| Error::new(ErrorKind::Io, error))?;
         *writer = Some(Writer { io: io.clone(), _reactor: reactor });
@@ -66,7 +67,7 @@ impl Compressor {
             let message = format!("only whole clusters of {size} bytes can be written compressed");
             return Err(Error::new(ErrorKind::OutOfRange, message));
         }
-        if image.read_only || image.data_file.is_some() {
+        if image.read_only || image.data_file.is_some() || image.encrypted.is_some() {
             return Err(Error::new(ErrorKind::Unsupported, "this image takes no compressed clusters"));
         }
         let mut cluster = data.to_vec();

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vbd_core::file::{Backend, Cache, Faults, Options};
 use vbd_core::{Capabilities, Disk, Error, ErrorKind, Event, Geometry, Result, Session, Statistics};
 use vbd_image::lease::{self, Lease, LeaseError, Mode};
+use vbd_luks::{Encrypted, LuksError, Secret};
 
 use super::counts::Counts;
 use super::image::{Image, Parts, whole_blocks};
@@ -19,7 +20,7 @@ use super::set::ClusterSet;
 use super::snapshot::read_table;
 use crate::bitmaps::Kept;
 use crate::check::{self, Repair, repair};
-use crate::format::{Encryption, Header, L1Entry, RefcountTableEntry, at, autoclear, incompatible};
+use crate::format::{Encryption, Header, L1Entry, RefcountTableEntry, at, autoclear, incompatible, limit};
 
 /// How to serve a qcow2 image.
 #[derive(Clone)]
@@ -44,6 +45,8 @@ pub struct Qcow2Options {
     pub backing: Option<Arc<dyn Disk>>,
     /// The external data file, where the header has one: a raw disk.
     pub data_file: Option<Arc<dyn Disk>>,
+    /// What unlocks it, where it is encrypted.
+    pub secret: Option<Secret>,
     /// Bytes that L2 tables in memory may take; none for as many as the image has.
     pub cache_bytes: Option<u64>,
     /// The bitmaps of the image, for those who keep them while it is written to: also the keeper of a
@@ -69,6 +72,7 @@ impl Qcow2Options {
             faults: None,
             backing: None,
             data_file: None,
+            secret: None,
             cache_bytes: None,
             bitmaps: None,
             notes: true,
@@ -117,7 +121,13 @@ impl Qcow2 {
         let data_file = options.data_file.as_ref().map(|disk| disk.open()).transpose()?;
         let backing = self.shared.backing().clone();
         let backing = backing.map(|disk| disk.open()).transpose()?;
-        let place = Place { backend: backend.clone(), data_file: data_file.clone(), owner: Arc::new(()) };
+        // Only tables are read and written while it is opened, which are not encrypted.
+        let place = Place {
+            backend: backend.clone(),
+            data_file: data_file.clone(),
+            encrypted: None,
+            owner: Arc::new(()),
+        };
         let opening = Opening { options: options.clone(), backend, data_file, backing };
         let image = service::run(place, move |io| async move {
             let image = Arc::new(opening.open(&io).await?);
@@ -215,6 +225,7 @@ impl Opening {
         let mut header = self.header(io).await?;
         self.refuse(&header)?;
         let layout = header.layout();
+        let encrypted = self.unlock(io, &header).await?;
         let write = !self.options.read_only;
         if write {
             self.prepare(io, &mut header).await?;
@@ -238,6 +249,7 @@ impl Opening {
             (header.l1_offset, header.l1_bytes()),
             (header.refcount_table_offset, header.refcount_table_bytes()),
         ];
+        tables.extend(header.crypto().map(|keys| (keys.offset, keys.length.min(limit::CRYPTO_BYTES))));
         tables.extend(table.iter().filter(|offset| **offset != 0).map(|offset| (*offset, 1)));
         let leads = |entries: &[u64]| -> Vec<u64> {
             entries.iter().map(|entry| L1Entry(*entry).offset()).filter(|offset| *offset != 0).collect()
@@ -271,6 +283,7 @@ impl Opening {
             keep_space: self.options.keep_space,
             data_file: self.data_file,
             backing: self.backing,
+            encrypted,
             l1: L1::new(l1.into_iter()),
             counts,
             cache_bytes: self.options.cache_bytes,
@@ -295,8 +308,9 @@ impl Opening {
         let refused = |message: &str| Err(Error::new(ErrorKind::Unsupported, message));
         header.refuse_unknown().map_err(|error| Error::new(ErrorKind::Unsupported, error.to_string()))?;
         let write = !self.options.read_only;
-        if header.encryption != Encryption::None {
-            return refused("the image is encrypted, which cannot be served yet; convert it with qemu-img");
+        if header.encryption == Encryption::Aes {
+            let message = "the image is encrypted in the old way of qcow2 (AES-CBC), which is not safe and not known here; convert it with qemu-img, to LUKS or to none";
+            return refused(message);
         }
         if header.has(incompatible::DATA_FILE) && self.data_file.is_none() {
             return refused("the image has its data in another file, which was not given");
@@ -317,6 +331,32 @@ impl Opening {
             return refused("an image cannot be written to while others write to it: leave out `w!`");
         }
         Ok(())
+    }
+
+    /// Unlocks an encrypted image.
+    async fn unlock(&self, io: &Io, header: &Header) -> Result<Option<Arc<Encrypted>>> {
+        let (Encryption::Luks, Some(place)) = (header.encryption, header.crypto()) else { return Ok(None) };
+        let secret = self.options.secret.clone().ok_or_else(|| {
+            let message =
+                "is encrypted with LUKS: say --key-file FILE or --key-fd N (`key-file` in a configuration)";
+            Error::new(ErrorKind::Unsupported, message)
+        })?;
+        let there = self.backend.size().saturating_sub(place.offset);
+        let len = place.length.min(there).min(limit::CRYPTO_BYTES);
+        let keys = io.read(place.offset, bytes(len)).await?.to_vec();
+        // Takes as long as the header says.
+        let unlocked = io.local.unblock(move || {
+            let header = vbd_luks::Header::read(&keys[..])?;
+            if header.version() != 1 {
+                let message = "a qcow2 image holds LUKS version 1, and this one another";
+                return Err(LuksError::Unsupported(message.to_owned()));
+            }
+            header.unlock(&keys[..], &secret)
+        });
+        let label = self.options.label();
+        // Sectors are numbered from the start of the file that holds them: by host offset.
+        let unlocked = unlocked.await.map_err(|error| error.of(&label))?;
+        Ok(Some(Encrypted::new(unlocked.cipher, 0, 0, label)))
     }
 
     /// Makes an image ready to be written to.

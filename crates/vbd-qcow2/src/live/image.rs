@@ -10,12 +10,13 @@ use vbd_core::file::{Backend, Cache};
 use vbd_core::memory::Buffer;
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Flags, Operation, Result, Session};
+use vbd_luks::Encrypted;
 
 use super::behind::Behind;
 use super::compress::Rest;
 use super::counts::{Counts, Run};
 use super::grace::Members;
-use super::io::{Io, bytes, corrupt};
+use super::io::{Files, Io, bytes, corrupt};
 use super::log::{Log, Note};
 use super::map::{Entry, L1, Registry, Span, Table, index_of, span};
 use super::set::Look;
@@ -35,6 +36,8 @@ pub(super) struct Image {
     pub(super) data_file: Option<Arc<dyn Session>>,
     /// The image behind.
     pub(super) below: Behind,
+    /// What encrypts guest clusters.
+    pub(super) encrypted: Option<Arc<Encrypted>>,
     header: Mutex<Header>,
     /// The virtual size in bytes.
     size: AtomicU64,
@@ -86,6 +89,7 @@ pub(super) struct Parts {
     pub(super) keep_space: bool,
     pub(super) data_file: Option<Arc<dyn Session>>,
     pub(super) backing: Option<Arc<dyn Session>>,
+    pub(super) encrypted: Option<Arc<Encrypted>>,
     pub(super) l1: L1,
     pub(super) counts: Counts,
     /// Bytes that L2 tables in memory may take.
@@ -110,6 +114,7 @@ impl Image {
             keep_space: parts.keep_space,
             data_file: parts.data_file,
             below: Behind::new(parts.backing),
+            encrypted: parts.encrypted,
             size: AtomicU64::new(header.size.next_multiple_of(512)),
             corrupt: AtomicBool::new(header.has(incompatible::CORRUPT)),
             header: Mutex::new(header),
@@ -126,6 +131,15 @@ impl Image {
             path: parts.path,
             packing: Arc::default(),
             rest: Mutex::default(),
+        }
+    }
+
+    /// What channels lead to.
+    pub(super) fn files(&self) -> Files<'_> {
+        Files {
+            backend: &self.backend,
+            data_file: self.data_file.as_ref(),
+            encrypted: self.encrypted.as_ref(),
         }
     }
 

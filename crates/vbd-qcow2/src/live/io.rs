@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use vbd_core::ask::{Ask, ask};
+use vbd_core::file::Backend;
 use vbd_core::memory::Buffer;
-use vbd_core::{Channel, Error, ErrorKind, Flags, Guard, IoVec, Operation, Result};
+use vbd_core::{Channel, Error, ErrorKind, Flags, Guard, IoVec, Operation, Result, Session};
+use vbd_luks::Encrypted;
 use vbd_ring::Local;
 
 /// A task's way to the image's file, and to where guest clusters are.
@@ -18,8 +20,30 @@ pub(super) struct Io {
     pub(super) local: Local,
     /// The image's file: tables, and guest clusters as a rule.
     pub(super) file: Rc<dyn Channel>,
-    /// Guest clusters: the same, or an external data file.
+    /// Guest clusters: the same, an external data file, or what encrypts one of these.
     pub(super) data: Rc<dyn Channel>,
+    /// Whether guest clusters are in another file.
+    pub(super) apart: bool,
+}
+
+/// What the channels of an image lead to.
+pub(super) struct Files<'a> {
+    pub(super) backend: &'a Arc<Backend>,
+    pub(super) data_file: Option<&'a Arc<dyn Session>>,
+    pub(super) encrypted: Option<&'a Arc<Encrypted>>,
+}
+
+impl Io {
+    /// Channels to these files on this thread; `owner` keeps them open.
+    pub(super) fn new(files: &Files<'_>, local: &Local, owner: Guard) -> Result<Io> {
+        let file: Rc<dyn Channel> = files.backend.clone().channel(local, owner);
+        let plain = match files.data_file {
+            Some(data) => data.clone().channel(local)?,
+            None => file.clone(),
+        };
+        let data = files.encrypted.map_or(plain.clone(), |encrypted| encrypted.channel(plain, local));
+        Ok(Io { local: local.clone(), file, data, apart: files.data_file.is_some() })
+    }
 }
 
 /// Bytes that were read.
@@ -106,7 +130,7 @@ impl Io {
     /// Makes all that has been written durable: guest data first known to be so with the tables that need it.
     pub(super) async fn sync(&self) -> Result<()> {
         let flush = |channel| self.plain(channel, Operation::Flush, (0, 0), Flags::default());
-        if Rc::ptr_eq(&self.file, &self.data) {
+        if !self.apart {
             return flush(&self.file).await;
         }
         let (data, file) = (flush(&self.data), flush(&self.file));

@@ -42,7 +42,8 @@ impl Live for Qcow2Session {
 
     fn compressed_unit(&self) -> Option<u64> {
         let image = self.image();
-        (!image.read_only && image.data_file.is_none()).then(|| image.layout.cluster_size())
+        let can = !image.read_only && image.data_file.is_none() && image.encrypted.is_none();
+        can.then(|| image.layout.cluster_size())
     }
 
     fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<bool> {

@@ -81,9 +81,11 @@ impl Image {
         Ok(())
     }
 
-    /// The part of a disk that grew to `size` where a longer image behind it has something.
+    /// The part of a disk that grew to `size` where something else than zeroes may show: where a longer image behind it has
+    /// something, and what was behind its end in its last cluster, if it was larger once.
     pub(super) fn newly_visible(&self, old: u64, size: u64) -> Option<(u64, u64)> {
-        let end = size.min(self.backing_size());
+        let rest = old.next_multiple_of(self.layout.cluster_size()).min(size);
+        let end = size.min(self.backing_size()).max(rest);
         (end > old).then(|| (old, end - old))
     }
 

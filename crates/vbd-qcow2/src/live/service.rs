@@ -6,14 +6,16 @@ use std::sync::mpsc::sync_channel;
 
 use vbd_core::file::Backend;
 use vbd_core::{Error, ErrorKind, Guard, Result, Session};
+use vbd_luks::Encrypted;
 use vbd_ring::{Reactor, Settings};
 
-use super::io::Io;
+use super::io::{Files, Io};
 
 /// What a task on a file needs.
 pub(super) struct Place {
     pub(super) backend: Arc<Backend>,
     pub(super) data_file: Option<Arc<dyn Session>>,
+    pub(super) encrypted: Option<Arc<Encrypted>>,
     pub(super) owner: Guard,
 }
 
@@ -29,16 +31,19 @@ where
     let reactor = Reactor::spawn("vbd-qcow2", Settings::default()).map_err(failed)?;
     let (sender, receiver) = sync_channel(1);
     reactor.handle().post(move |local| {
-        let file = place.backend.channel(local, place.owner);
-        let data = match place.data_file.map(|data| data.channel(local)) {
-            None => file.clone(),
-            Some(Ok(data)) => data,
-            Some(Err(error)) => {
+        let files = Files {
+            backend: &place.backend,
+            data_file: place.data_file.as_ref(),
+            encrypted: place.encrypted.as_ref(),
+        };
+        let io = match Io::new(&files, local, place.owner) {
+            Ok(io) => io,
+            Err(error) => {
                 let _ = sender.send(Err(error));
                 return;
             }
         };
-        let task = work(Io { local: local.clone(), file, data });
+        let task = work(io);
         local.spawn(async move {
             let _ = sender.send(task.await);
         });

@@ -81,8 +81,12 @@ impl Qcow2Session {
         W: FnOnce(Arc<Image>, Io) -> F + Send + 'static,
     {
         let image = self.image.clone();
-        let place =
-            Place { backend: image.backend.clone(), data_file: image.data_file.clone(), owner: Arc::new(()) };
+        let place = Place {
+            backend: image.backend.clone(),
+            data_file: image.data_file.clone(),
+            encrypted: image.encrypted.clone(),
+            owner: Arc::new(()),
+        };
         service::run(place, move |io| work(image, io))
     }
 }

@@ -143,7 +143,8 @@ impl Qcow2Channel {
                 let entries: Vec<Entry> = group.iter().map(|(_, entry)| *entry).collect();
                 image.set_entries(&table, index_of(layout, group[0].0 << bits), &entries);
             }
-            let kept: Vec<u64> = sets.iter().flat_map(|(_, new)| image.referred(*new)).collect();
+            let mut kept: Vec<u64> = sets.iter().flat_map(|(_, new)| image.referred(*new)).collect();
+            kept.sort_unstable();
             freed.retain(|cluster| kept.binary_search(cluster).is_err());
             image.pending().freed.append(&mut freed);
             image.progress.changed();
@@ -232,6 +233,16 @@ impl Qcow2Channel {
                 } else {
                     Change::Keep
                 }
+            }
+            // Zeroes are encrypted as everything else, and this saves writing them.
+            (Cluster::Data { host }, Goal::Zeroes(_))
+                if !unmap && image.encrypted.is_some() && entry.cluster.copied() && layout.version >= 3 =>
+            {
+                Change::Set(if layout.extended_l2 {
+                    Entry { cluster: entry.cluster, parts: Subclusters::ZERO }
+                } else {
+                    Entry { cluster: L2Entry::zero(host, true), parts: Subclusters::NONE }
+                })
             }
             (Cluster::Data { host }, _) if !unmap && entry.cluster.copied() && self.is_whole(entry) => {
                 Change::InPlace(host)

@@ -175,7 +175,9 @@ impl Qcow2Channel {
                     None => *taken.run.insert(image.allocate(&self.io, want).await?),
                 };
                 let stop = end.min((first + run.count) << bits);
-                self.plan(&table, (offset, stop), (run.start << bits, run.zeroed))
+                // What was never written reads as zeroes only where nothing is decrypted.
+                let zeroed = run.zeroed && image.encrypted.is_none();
+                self.plan(&table, (offset, stop), (run.start << bits, zeroed))
             }
         };
         if let Err(error) = self.write_plan(&plan, source, skip).await {

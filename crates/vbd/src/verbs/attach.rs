@@ -49,9 +49,8 @@ pub(crate) struct Args {
     /// A directory, besides the file's own, where it may name backing files and data files; may be given again
     #[arg(long, value_name = "DIR")]
     allow_dir: Vec<PathBuf>,
-    /// The file with the key of an encrypted disk (--format luks): all of its bytes; of a descriptor, /dev/fd/N
-    #[arg(long, value_name = "FILE")]
-    key_file: Option<PathBuf>,
+    #[command(flatten)]
+    key: super::image::KeyArgs,
     /// Write although others may use the file, as Xen's `w!`: for cluster filesystems
     #[arg(long, conflicts_with = "read_only")]
     force_lease: bool,
@@ -119,7 +118,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut disk = DiskConfig::new(&name, args.file);
     disk.format = format;
     disk.allow_dirs = args.allow_dir;
-    disk.key_file = args.key_file;
+    (disk.key_file, disk.key_fd) = (args.key.key_file, args.key.key_fd);
     disk.access = match (args.read_only, args.force_lease) {
         (true, _) => Access::ReadOnly,
         (false, false) => Access::ReadWrite,

@@ -7,7 +7,7 @@ use vbd_formats::{Format, ImageSpec};
 use vbd_image::size::Human;
 use vbd_jobs::Image;
 
-use super::image::GateArgs;
+use super::image::{GateArgs, KeyArgs};
 use crate::Exit;
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
@@ -37,6 +37,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    key: KeyArgs,
 }
 
 /// What was found, for programs.
@@ -57,9 +59,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn compare(args: &Args) -> anyhow::Result<bool> {
+    let secret = args.key.secret()?;
     let open = |file: &PathBuf, format, option| -> anyhow::Result<Image> {
         let format = super::format_of(file, format, option)?;
-        let spec = ImageSpec { share: args.force, gate: args.gate.gate(), ..ImageSpec::new(file, format) };
+        let (gate, secret) = (args.gate.gate(), secret.clone());
+        let spec = ImageSpec { share: args.force, gate, secret, ..ImageSpec::new(file, format) };
         Ok(Image::open(&spec.read_only())?)
     };
     let first = open(&args.first, args.format, "--format")?;

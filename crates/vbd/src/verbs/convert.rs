@@ -6,6 +6,7 @@ use serde::Serialize;
 use vbd_formats::{Format, ImageSpec, Kind};
 use vbd_image::size::Human;
 use vbd_jobs::{ConvertOptions, Leftover};
+use vbd_luks::Secret;
 
 use super::image::{Compress, GateArgs, KeyArgs, KindArgs};
 use crate::UsageError;
@@ -58,6 +59,12 @@ pub(crate) struct Args {
     gate: GateArgs,
     #[command(flatten)]
     key: KeyArgs,
+    /// The file with the key that is to unlock the new image, with --encrypt; else the source's does
+    #[arg(long, value_name = "FILE", requires = "encrypt", conflicts_with = "new_key_fd")]
+    new_key_file: Option<PathBuf>,
+    /// The descriptor with that key
+    #[arg(long, value_name = "N", requires = "encrypt")]
+    new_key_fd: Option<i32>,
 }
 
 /// What came of it, for programs.
@@ -77,8 +84,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError(message.to_owned()).into());
     }
     let secret = args.key.secret()?;
+    let new_secret = Secret::from_either(args.new_key_file.as_deref(), args.new_key_fd)?;
+    let new_secret = new_secret.or_else(|| secret.clone()).filter(|_| args.kind.encrypt);
+    if args.kind.encrypt && new_secret.is_none() {
+        let message = "an encrypted image needs a key: say --new-key-file FILE or --new-key-fd N";
+        return Err(UsageError(message.to_owned()).into());
+    }
+    if args.kind.encrypt && args.compress.is_some() {
+        let message = "what is encrypted is not compressed too: leave out --compress, or --encrypt";
+        return Err(UsageError(message.to_owned()).into());
+    }
     let source = ImageSpec { gate: args.gate.gate(), secret, ..ImageSpec::new(&args.source, format) };
     let mut image = args.kind.image(&args.target, args.to, args.force)?;
+    image.secret = new_secret;
     match (&mut image.kind, args.compress) {
         (Kind::Qcow2(options), Some(how)) => {
             options.compression = how.into();

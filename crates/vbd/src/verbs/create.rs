@@ -69,17 +69,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 return Err(UsageError(message.to_owned()).into());
             }
         }
-        Kind::Luks(secret) => {
+        Kind::Luks => {
             if args.preallocate.is_some() || args.data_file.is_some() {
                 let message =
                     "an encrypted disk is not preallocated, and holds its data itself: leave that out";
                 return Err(UsageError(message.to_owned()).into());
-            }
-            *secret = args.key.secret()?;
-            if secret.is_none() {
-                return Err(
-                    UsageError("an encrypted disk needs a key: say --key-file FILE".to_owned()).into()
-                );
             }
         }
         Kind::Vhd(kind) => {
@@ -107,6 +101,17 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 args.data_file.map(|path| DataFile { path, raw: args.data_file_raw, keep: false });
             options.validate().map_err(|error| UsageError(error.to_string()))?;
         }
+    }
+    let encrypt = args.kind.encrypt || args.format == Format::Luks;
+    let usage = |message: &str| Err(UsageError(message.to_owned()).into());
+    image.secret = args.key.secret()?;
+    match (encrypt, &image.secret) {
+        (true, None) => return usage("an encrypted disk needs a key: say --key-file FILE or --key-fd N"),
+        // Whoever gives a key does not expect an image that anybody can read.
+        (false, Some(_)) => {
+            return usage("a key is for an encrypted disk: say --encrypt (qcow2), or --format luks");
+        }
+        _ => {}
     }
     let gate = image.gate(&args.file, &args.gate.gate())?;
     image.size = match args.size {

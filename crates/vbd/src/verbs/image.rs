@@ -27,15 +27,18 @@ pub(super) struct ImageArgs {
 /// What unlocks an encrypted image.
 #[derive(clap::Args, Clone)]
 pub(super) struct KeyArgs {
-    /// The file with the key of an encrypted disk (--format luks): all of its bytes; of a descriptor, /dev/fd/N
-    #[arg(long, value_name = "FILE")]
+    /// The file with the key of an encrypted image: all of its bytes
+    #[arg(long, value_name = "FILE", conflicts_with = "key_fd")]
     pub(super) key_file: Option<PathBuf>,
+    /// The descriptor with that key, which this process is given by number (`3<key`, or of a pipe)
+    #[arg(long, value_name = "N")]
+    pub(super) key_fd: Option<i32>,
 }
 
 impl KeyArgs {
     /// The key, where there is one.
     pub(super) fn secret(&self) -> anyhow::Result<Option<Secret>> {
-        Ok(self.key_file.as_deref().map(Secret::from_file).transpose()?)
+        Ok(Secret::from_either(self.key_file.as_deref(), self.key_fd)?)
     }
 }
 
@@ -99,6 +102,9 @@ pub(super) struct KindArgs {
     /// How clusters are compressed, where they are: zlib or zstd
     #[arg(long, value_name = "HOW")]
     compression: Option<Compress>,
+    /// Encrypt what guests write, with LUKS and a new key
+    #[arg(long)]
+    pub(super) encrypt: bool,
 }
 
 /// A way to compress clusters.
@@ -165,7 +171,7 @@ impl KindArgs {
                     None => None,
                 };
             }
-            Kind::Raw { .. } | Kind::Luks(_) => {
+            Kind::Raw { .. } | Kind::Luks => {
                 self.only_for_qcow2(format)?;
                 let given = [
                     (self.backing.is_some(), "--backing"),
@@ -185,6 +191,7 @@ impl KindArgs {
             (self.lazy_refcounts, "--lazy-refcounts"),
             (self.extended_l2, "--extended-l2"),
             (self.compression.is_some(), "--compression"),
+            (self.encrypt, "--encrypt"),
         ];
         refuse(&given, "qcow2", format)
     }

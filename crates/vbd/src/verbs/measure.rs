@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vbd_formats::{Format, ImageSpec};
+use vbd_formats::{Format, ImageSpec, Kind};
 use vbd_image::size::{Human, Size};
 
-use super::image::{GateArgs, KindArgs};
+use super::image::{GateArgs, KeyArgs, KindArgs};
 use crate::UsageError;
 use crate::output::{print, print_json};
 
@@ -32,6 +32,8 @@ pub(crate) struct Args {
     kind: KindArgs,
     #[command(flatten)]
     gate: GateArgs,
+    #[command(flatten)]
+    key: KeyArgs,
 }
 
 /// What was found, for programs.
@@ -49,10 +51,17 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let source = match &args.file {
         Some(file) => {
             let format = super::format_of(file, args.from, "--from")?;
-            Some(ImageSpec { gate: args.gate.gate(), ..ImageSpec::new(file, format) })
+            let secret = args.key.secret()?;
+            Some(ImageSpec { gate: args.gate.gate(), secret, ..ImageSpec::new(file, format) })
         }
         None => None,
     };
+    if let (Kind::Qcow2(options), true) = (&mut image.kind, args.kind.encrypt) {
+        // As long as one with a key.
+        let len = vbd_luks::header_len(&vbd_luks::FormatOptions::default());
+        options.luks_header = Some(vec![0; usize::try_from(len).unwrap_or(0)]);
+        options.validate().map_err(|error| UsageError(error.to_string()))?;
+    }
     image.size = args.size.map_or(0, Size::bytes);
     let measured = vbd_jobs::measure(source.as_ref(), image)?;
     if args.json {

@@ -28,6 +28,17 @@ fn one_disk_needs_a_path_alone() {
 }
 
 #[test]
+fn keys_of_encrypted_disks() {
+    let disk = |more: &str| format!("runtime-dir = '/r'\n[[disk]]\npath = 'a'\nformat = 'qcow2'\n{more}\n");
+    let config = read(&disk("key-file = 'key'"));
+    assert_eq!(config.disks[0].key_file.as_deref(), Some(Path::new("/etc/vbd/key")));
+    let config = read(&disk("key-fd = 3"));
+    assert_eq!((config.disks[0].key_fd, &config.disks[0].key_file), (Some(3), &None));
+    assert!(refused(&disk("key-fd = -1")).contains("-1 is no descriptor"));
+    assert!(refused(&disk("key-fd = 3\nkey-file = 'key'")).contains("leave out one of the two"));
+}
+
+#[test]
 fn everything_at_once() {
     let config = read(
         r#"
