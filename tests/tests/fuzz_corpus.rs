@@ -18,6 +18,7 @@ const TARGETS: &[Target] = &[
     ("ext4_check", vbd_ext4::check::fuzz::check),
     ("ext4_edit", vbd_ext4::edit::fuzz::edit),
     ("ext4_read", vbd_ext4::read::fuzz::read),
+    ("fat", vbd_fs::vfat::fuzz),
     ("foreign", vbd_foreign::fuzz),
     ("luks", vbd_luks::fuzz),
     ("nbd_commands", vbd_nbd::fuzz::commands),

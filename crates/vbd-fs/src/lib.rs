@@ -36,7 +36,7 @@ pub mod tailor;
 pub mod tar;
 mod tree;
 pub mod upkeep;
-mod vfat;
+pub mod vfat;
 mod walk;
 mod watched;
 mod zeros;

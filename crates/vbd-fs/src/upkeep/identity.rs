@@ -10,14 +10,14 @@ use vbd_image::partition::{Format, Guid, Table};
 
 use super::device::Device;
 use super::names::{DIRECTORIES, FILES, Names};
-use super::section::Section;
 use super::{Disk, Volume};
 use crate::error::Context;
 use crate::tailor::{Attributes, ImageRoot, Kind, Root, Tailor};
+use crate::vfat::Fat;
 use crate::{Error, Filesystem, Result, Time};
 
 /// The largest file in the EFI system partition that is looked at, in bytes.
-const LARGEST: u64 = 1 << 20;
+const LARGEST: u32 = 1 << 20;
 /// Files in one directory of it that are looked at.
 const MOST: usize = 1000;
 
@@ -179,58 +179,30 @@ fn boot_partitions(disk: &Disk, names: &Names) -> Result<()> {
         if volume || partition.kind.is_extended() || !partition.fits(disk.size) {
             continue;
         }
-        let mut signature = [0; 2];
-        let mut kind = [0; 8];
-        let read = |bytes: &mut [u8], at: u64| disk.device.read_exact_at(bytes, partition.start + at);
-        if partition.size < 1 << 20
-            || read(&mut signature, 510).is_err()
-            || signature != [0x55, 0xaa]
-            || !([54, 82].iter().any(|at| read(&mut kind, *at).is_ok() && kind.starts_with(b"FAT")))
-        {
-            continue;
-        }
-        let section = Section::new(&*disk.device, partition.start, partition.size);
-        let filesystem = match fatfs::FileSystem::new(section, fatfs::FsOptions::new()) {
-            Ok(filesystem) => filesystem,
+        let (path, number) = (disk.path.display(), partition.number);
+        let fat = match Fat::open(Window::new(disk.device.clone(), partition.start, partition.size)) {
+            Ok(Some(fat)) => fat,
+            Ok(None) => continue,
             Err(error) => {
-                tracing::warn!(
-                    "{}, partition {}: {error}; left as it is",
-                    disk.path.display(),
-                    partition.number
-                );
+                tracing::warn!("{path}, partition {number}: {error}; left as it is");
                 continue;
             }
         };
-        let changed = fat_files(&filesystem, names);
-        changed.map_err(|error| {
-            Error::io(
-                format!("cannot change partition {} of {}", partition.number, disk.path.display()),
-                error,
-            )
-        })?;
+        fat_files(&fat, names)
+            .map_err(|error| Error::io(format!("cannot change partition {number} of {path}"), error))?;
     }
     Ok(())
 }
 
-fn fat_files(filesystem: &fatfs::FileSystem<Section<'_>>, names: &Names) -> io::Result<()> {
+fn fat_files(fat: &Fat<Window<Arc<dyn Device>>>, names: &Names) -> io::Result<()> {
     for directory in ["loader/entries", "EFI/debian", "EFI/ubuntu", "EFI/BOOT", "boot/grub", "grub"] {
-        let Ok(found) = filesystem.root_dir().open_dir(directory) else { continue };
-        for entry in found.iter().take(MOST) {
-            let entry = entry?;
-            let name = entry.file_name().to_ascii_lowercase();
-            if !entry.is_file()
-                || entry.len() > LARGEST
-                || !(name.ends_with(".conf") || name.ends_with(".cfg"))
-            {
+        for file in fat.files(directory)?.iter().take(MOST) {
+            let name = file.name.to_ascii_lowercase();
+            if file.size > LARGEST || !(name.ends_with(".conf") || name.ends_with(".cfg")) {
                 continue;
             }
-            let mut file = entry.to_file();
-            let mut bytes = Vec::new();
-            file.read_to_end(&mut bytes)?;
-            if let Some(new) = names.replace(&bytes) {
-                io::Seek::seek(&mut file, io::SeekFrom::Start(0))?;
-                io::Write::write_all(&mut file, &new)?;
-                io::Write::flush(&mut file)?;
+            if let Some(new) = names.replace(&fat.read(file)?) {
+                fat.write_over(file, &new)?;
             }
         }
     }

@@ -10,7 +10,6 @@ mod grow;
 mod identity;
 mod names;
 mod opened;
-mod section;
 mod shrink;
 
 pub use check::{Checked, check, repair};

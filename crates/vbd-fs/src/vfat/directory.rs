@@ -5,12 +5,12 @@ use std::io;
 use super::time;
 use crate::Time;
 
-const READ_ONLY_LABEL: u8 = 0x08;
-const DIRECTORY: u8 = 0x10;
+pub(super) const READ_ONLY_LABEL: u8 = 0x08;
+pub(super) const DIRECTORY: u8 = 0x10;
 const FILE: u8 = 0x20;
-const LONG: u8 = 0x0F;
+pub(super) const LONG: u8 = 0x0F;
 /// UTF-16 units in an entry for a long name.
-const UNITS: usize = 13;
+pub(super) const UNITS: usize = 13;
 
 /// What an entry leads to.
 #[derive(Debug)]
@@ -173,6 +173,11 @@ fn alias(name: &str, taken: &[[u8; 11]]) -> io::Result<[u8; 11]> {
         .ok_or_else(|| invalid(name, "there are too many names like it"))
 }
 
+/// The sum of a short name, which its long one has: a program that changes the short one alone is found out.
+pub(super) fn checksum(short: &[u8; 11]) -> u8 {
+    short.iter().fold(0u8, |sum, byte| sum.rotate_right(1).wrapping_add(*byte))
+}
+
 /// The entries for a long name, which end with its beginning.
 fn long(name: &str, short: &[u8; 11]) -> Vec<u8> {
     let mut units: Vec<u16> = name.encode_utf16().collect();
@@ -180,8 +185,7 @@ fn long(name: &str, short: &[u8; 11]) -> Vec<u8> {
         units.push(0);
         units.resize(units.len().next_multiple_of(UNITS), 0xFFFF);
     }
-    // The sum of the short name, so that a program which changes that alone is found out.
-    let checksum = short.iter().fold(0u8, |sum, byte| sum.rotate_right(1).wrapping_add(*byte));
+    let checksum = checksum(short);
     let last = units.len() / UNITS;
     let entries = (1..=last).rev().map(|number| {
         let mut entry = [0; 32];

@@ -1,10 +1,12 @@
 //! FAT16 and FAT32, written in one pass: the EFI system partition and seed disks. The same content gives the same bytes.
+//! And FATs that are there, FAT12 too, whose files are read and written over ([`Fat`]).
 //!
 //! Data goes to its place while it is read, each file in one piece; the tables and directories follow at the end. The
 //! format is Microsoft's "FAT32 File System Specification" 1.03 ("FAT Type Determination", "FAT Directory Structure",
 //! "Long Directory Entries").
 
 mod directory;
+mod found;
 mod geometry;
 mod time;
 
@@ -14,6 +16,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::Time;
 use directory::Directory;
+pub(crate) use found::Fat;
 use geometry::Geometry;
 
 /// The smallest filesystem that is made, in bytes: with less it would be FAT12, which is of floppy disks.
@@ -52,6 +55,25 @@ impl Name {
     pub(crate) fn uuid(&self) -> String {
         format!("{:04X}-{:04X}", self.id >> 16, self.id & 0xFFFF)
     }
+}
+
+/// Looks at a disk whose bytes these are as at a FAT: finds the files that a clone looks for, reads them, and writes the
+/// same again. For fuzzing: it must end without a panic, and change nothing.
+///
+/// # Panics
+///
+/// When it does not.
+pub fn fuzz(bytes: &[u8]) {
+    let Ok(Some(fat)) = Fat::open(found::Memory::new(bytes)) else { return };
+    for directory in ["", "loader/entries", "EFI/BOOT", "many"] {
+        for file in
+            fat.files(directory).unwrap_or_default().iter().filter(|file| file.size <= 1 << 20).take(100)
+        {
+            let Ok(content) = fat.read(file) else { continue };
+            fat.write_over(file, &content).expect("what can be read can be written");
+        }
+    }
+    assert!(fat.into_storage().into_bytes() == bytes, "what is the same changes nothing");
 }
 
 /// Clusters in a row.
