@@ -8,9 +8,10 @@ use crate::format::{
     FOOTER_LEN, FooterPlace, FormatError, HEADER_LEN, Head, MOST_BYTES, MOST_ENTRIES, SECTOR, SizeRule,
     UNUSED, chs,
 };
+use crate::shrink::clear_beyond;
 use crate::storage::Storage;
 
-/// Why a disk was not made larger.
+/// Why a disk was not made larger or smaller.
 #[derive(Debug, thiserror::Error)]
 pub enum GrowError {
     /// The size cannot be.
@@ -53,19 +54,19 @@ pub fn grow(file: &(impl Storage + ?Sized), size: u64) -> Result<(), GrowError> 
         return refuse("a multiple of 512 up to 2040 GiB is possible");
     }
     if size < now {
-        return refuse("that is less than it has; a VHD only grows");
+        return refuse("that is less than it has");
     }
     if size == now {
         return Ok(());
     }
     match &head.header {
         None => grow_fixed(file, &head, now, size),
-        Some(_) => grow_dynamic(file, &head, size),
+        Some(_) => grow_dynamic(file, &head, now, size),
     }
 }
 
 /// The footer with another size, which counts whoever reads it.
-fn resized(head: &Head, size: u64) -> [u8; FOOTER_LEN] {
+pub(crate) fn resized(head: &Head, size: u64) -> [u8; FOOTER_LEN] {
     let mut footer = head.footer.clone();
     footer.current_size = size;
     footer.geometry = chs(size / SECTOR);
@@ -97,9 +98,13 @@ fn grow_fixed(file: &(impl Storage + ?Sized), head: &Head, now: u64, size: u64) 
     Ok(file.sync()?)
 }
 
-fn grow_dynamic(file: &(impl Storage + ?Sized), head: &Head, size: u64) -> Result<(), GrowError> {
+fn grow_dynamic(file: &(impl Storage + ?Sized), head: &Head, now: u64, size: u64) -> Result<(), GrowError> {
     let Some(header) = &head.header else { return Ok(()) };
-    let table = head.table(file)?;
+    let mut table = head.table(file)?;
+    // It may have been larger once, and what is beyond its end must not come back.
+    if !head.has_batmap() {
+        clear_beyond(file, header, &mut table, now)?;
+    }
     let mut end = head.content_end(&table);
     let blocks = header.blocks(size);
     if blocks > u64::from(header.entries) {

@@ -13,12 +13,14 @@ mod disk;
 pub mod format;
 mod grow;
 mod live;
+mod shrink;
 mod storage;
 
 pub use check::{check, repair};
 pub use create::create;
 pub use disk::{Parent, Vhd, VhdOptions};
 pub use grow::{GrowError, grow};
+pub use shrink::shrink;
 pub use storage::Storage;
 
 /// What the fuzzer calls: a whole file, opened, its table read, checked, and its parents named.

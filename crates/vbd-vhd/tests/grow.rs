@@ -1,4 +1,4 @@
-//! Disks made larger in place, and the power going meanwhile; and so for repair.
+//! Disks made larger and smaller in place, and the power going meanwhile; and so for repair.
 #![allow(clippy::cast_possible_truncation, reason = "disks of tests are small")]
 
 mod support;
@@ -11,7 +11,7 @@ use vbd_image::ReadAt;
 use vbd_testing::Random;
 use vbd_testing::power::{Cut, MemFile, Recording};
 use vbd_vhd::format::{Head, SizeRule};
-use vbd_vhd::{GrowError, Storage, Vhd, VhdOptions, grow, repair};
+use vbd_vhd::{GrowError, Storage, Vhd, VhdOptions, grow, repair, shrink};
 
 /// A file in memory whose changes are recorded.
 struct Recorded(MemFile);
@@ -147,7 +147,8 @@ fn check_state(
     for read_only in [true, false] {
         let disk = Vhd::new(VhdOptions { path: path.to_owned(), read_only, ..options.clone() });
         let read = read_all(&disk);
-        assert!(read[..content.len()] == *content, "{state}, read only {read_only}: content is lost");
+        let kept = content.len().min(*sizes.iter().min().unwrap() as usize);
+        assert!(read[..kept] == content[..kept], "{state}, read only {read_only}: content is lost");
     }
     assert_eq!(problems(path), [""; 0], "{state}: after it was opened for writing");
 }
@@ -179,5 +180,73 @@ fn the_power_goes_while_a_footer_is_repaired() {
             let report = repair(file).map_err(|error| error.to_string())?;
             if report.is_clean() { Ok(()) } else { Err(format!("{report:?}")) }
         });
+    }
+}
+
+fn shrink_file(path: &Path, size: u64) -> Result<(), GrowError> {
+    shrink(&std::fs::File::options().read(true).write(true).open(path).unwrap(), size)
+}
+
+/// What is left is what was there, its room is given back, and nothing of the rest comes back with a larger size.
+#[test]
+fn disks_become_smaller_and_go_on() {
+    for shape in SHAPES {
+        for size in [SIZE - 512, SIZE / 2, SIZE / 2 + 1536, 4096 * 3, 512] {
+            let dir = in_memory();
+            let (options, mut wanted) = filled(dir.path(), shape);
+            let disk = Vhd::new(options.clone());
+            // So that blocks lie in the file in no order.
+            client(&disk).write(SIZE / 3, vec![0x11; 40_000]);
+            wanted[(SIZE / 3) as usize..][..40_000].fill(0x11);
+            drop(disk);
+            let before = std::fs::metadata(&options.path).unwrap().len();
+            shrink_file(&options.path, size).unwrap_or_else(|error| panic!("{shape:?} to {size}: {error}"));
+            wanted.truncate(size as usize);
+            assert_eq!(problems(&options.path), [""; 0], "{shape:?} to {size}");
+            assert!(read_all(&Vhd::new(options.clone())) == wanted, "{shape:?} to {size}");
+            let after = std::fs::metadata(&options.path).unwrap().len();
+            assert!(after < before || size == SIZE - 512, "{shape:?} to {size}: {before} and {after}");
+            if options.parent.is_none() {
+                assert!(as_qemu_reads(&options.path) == wanted, "{shape:?} at {size}, as QEMU reads it");
+            }
+            grow_file(&options.path, SIZE).unwrap_or_else(|error| panic!("{shape:?} from {size}: {error}"));
+            let now = read_all(&Vhd::new(options.clone()));
+            assert!(now[..size as usize] == wanted, "{shape:?} from {size}");
+            if options.parent.is_none() {
+                assert!(now[size as usize..].iter().all(|byte| *byte == 0), "{shape:?} from {size}");
+            } else {
+                let mut below = std::fs::read(dir.path().join("base")).unwrap();
+                below.resize(SIZE as usize, 0);
+                assert!(now[size as usize..] == below[size as usize..], "{shape:?} from {size}");
+            }
+            assert_eq!(problems(&options.path), [""; 0], "{shape:?} from {size}");
+            client(&Vhd::new(options.clone())).write(SIZE - 5000, vec![0x5a; 5000]);
+            assert!(
+                read_all(&Vhd::new(options.clone()))[..size.min(SIZE - 5000) as usize]
+                    == wanted[..size.min(SIZE - 5000) as usize]
+            );
+        }
+    }
+    let dir = in_memory();
+    let (options, _) = filled(dir.path(), Shape::Dynamic(4096));
+    for size in [SIZE + 512, 1000, 0] {
+        assert!(matches!(shrink_file(&options.path, size), Err(GrowError::Size { .. })), "{size}");
+    }
+}
+
+#[test]
+fn the_power_goes_while_a_disk_becomes_smaller() {
+    for shape in SHAPES {
+        for size in [SIZE - 1024, SIZE / 4, SIZE / 3 / 512 * 512] {
+            let dir = in_memory();
+            let (options, mut content) = filled(dir.path(), shape);
+            let disk = Vhd::new(options.clone());
+            client(&disk).write(SIZE / 5, vec![0x11; 40_000]);
+            content[(SIZE / 5) as usize..][..40_000].fill(0x11);
+            drop(disk);
+            every_state(dir.path(), &options, &content, [SIZE, size], &|file| {
+                shrink(file, size).map_err(|error| error.to_string())
+            });
+        }
     }
 }
