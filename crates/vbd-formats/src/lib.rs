@@ -4,6 +4,7 @@
 //! an image and of all that it names (backing files, data files), each of which passes a [`Gate`] first. The formats
 //! themselves open nothing but the file they are given.
 
+mod amend;
 mod backing;
 mod chain;
 mod check;
@@ -15,6 +16,7 @@ mod identify;
 mod open;
 mod tracked;
 
+pub use amend::{KeyChange, amend, change_key};
 pub use backing::set_backing;
 pub use chain::{Details, Link, broken_chain, chain};
 pub use check::{Checked, Repair, check, has_structure};

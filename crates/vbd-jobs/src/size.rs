@@ -1,6 +1,7 @@
 //! How large images are, would be, and are to be.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 
 use vbd_core::{ExtentKind, SECTOR};
 use vbd_formats::{Format, ImageSpec, Kind, NewImage};
@@ -98,20 +99,43 @@ pub fn resize(spec: &ImageSpec, size: impl FnOnce(u64) -> Option<u64>, shrink: b
         let message = "what is beyond the new size would be lost: say --shrink, if that is meant";
         return Err(Error::Refused(format!("{name}: has {before} bytes; {message}")));
     }
-    if spec.format != Format::Raw {
-        let format = spec.format;
-        let message =
-            format!("{name}: {format} images do not become smaller yet; convert it to a smaller one");
-        return Err(Error::Refused(message));
-    }
     let (image, lease) = alone(spec)?;
-    if image.kind == vbd_image::open::Kind::Block {
-        return Err(Error::Refused(format!("{name}: is a block device: its size is not ours to change")));
+    let refused = |error: &dyn std::fmt::Display| Error::Refused(format!("{name}: {error}"));
+    match spec.format {
+        Format::Raw => {
+            if image.kind == vbd_image::open::Kind::Block {
+                let message = "is a block device: its size is not ours to change";
+                return Err(refused(&message));
+            }
+            image.file.set_len(after).map_err(Error::io(&spec.path, "cut it off"))?;
+            image.file.sync_all().map_err(Error::io(&spec.path, "make it durable"))?;
+        }
+        Format::Qcow2 => {
+            let data_file = data_file(spec)?;
+            vbd_qcow2::shrink(&image.file, after).map_err(|error| refused(&error))?;
+            // The image first: a data file may be longer than the disk.
+            if let Some((path, data, _lease)) = data_file {
+                data.set_len(after).map_err(Error::io(&path, "cut it off"))?;
+                data.sync_all().map_err(Error::io(&path, "make it durable"))?;
+            }
+        }
+        Format::Vhd => vbd_vhd::shrink(&image.file, after).map_err(|error| refused(&error))?,
+        format => {
+            let message = format!("{format} images do not become smaller: convert it to a smaller one");
+            return Err(refused(&message));
+        }
     }
-    image.file.set_len(after).map_err(Error::io(&spec.path, "cut it off"))?;
-    image.file.sync_all().map_err(Error::io(&spec.path, "make it durable"))?;
     drop(lease);
     Ok((before, after))
+}
+
+/// The external data file of an image, where it is a file, with its lease.
+fn data_file(spec: &ImageSpec) -> Result<Option<(PathBuf, std::fs::File, Lease)>> {
+    let links = vbd_formats::chain(&spec.path, spec.format, &spec.gate)?;
+    let Some(path) = links.first().and_then(|link| link.data_file.clone()) else { return Ok(None) };
+    let (image, lease) = alone(&ImageSpec { path: path.clone(), ..spec.clone() })?;
+    let is_file = image.kind == vbd_image::open::Kind::File;
+    Ok(is_file.then_some((path, image.file, lease)))
 }
 
 /// A VHD's tables move when it grows, so nobody may have it open.

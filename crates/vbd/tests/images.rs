@@ -257,12 +257,17 @@ fn sizes_are_measured_and_changed() {
     here.ok(&["resize", "disk", "16M"]);
     here.equal("disk", "one");
     refused(&here.vbd(&["resize", "disk", "8M"]), 1, &["--shrink"]);
-    refused(&here.vbd(&["resize", "one", "8M", "--format", "qcow2", "--shrink"]), 1, &["convert"]);
+    refused(&here.vbd(&["resize", "one", "8M", "--format", "qcow2"]), 1, &["--shrink"]);
+    here.ok(&["resize", "one", "8M", "--format", "qcow2", "--shrink"]);
+    here.ok(&["check", "one", "--format", "qcow2"]);
     here.ok(&["create", "two", "--format", "vhd", "--size", "8M"]);
     here.ok(&["resize", "two", "+8M", "--format", "vhd"]);
     assert_eq!(here.json(&["info", "--json", "two"])["virtual_size"], 16 << 20);
+    here.ok(&["resize", "two", "4M", "--format", "vhd", "--shrink"]);
+    assert_eq!(here.json(&["info", "--json", "two"])["virtual_size"], 4 << 20);
     here.ok(&["resize", "disk", "8M", "--shrink"]);
     assert_eq!(fs::metadata(here.path("disk")).unwrap().len(), 8 << 20);
+    here.equal("disk", "one");
 }
 
 #[test]

@@ -175,6 +175,69 @@ fn qcow2_images_are_encrypted_too() {
 }
 
 #[test]
+fn keys_are_added_and_taken_away() {
+    for format in ["luks", "qcow2"] {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path();
+        fs::write(dir.join("key"), "a passphrase").unwrap();
+        fs::write(dir.join("other"), "another").unwrap();
+        let encrypt: &[&str] = if format == "qcow2" { &["--encrypt"] } else { &[] };
+        let create = ["create", "disk", "--format", format, "--size", "2M", "--key-file", "key"];
+        done(&vbd(dir, &[&create[..], encrypt].concat()));
+        let amend = |more: &[&str]| vbd(dir, &[&["amend", "disk", "--format", format][..], more].concat());
+        let opens = |key: &str| {
+            let convert = ["convert", "disk", "out", "--from", format, "--force", "--key-file", key];
+            vbd(dir, &convert).status.success()
+        };
+        refused(&amend(&["--remove-key-file", "key"]), 1, &["disk: that is the last key"]);
+        refused(&amend(&["--add-key-file", "other"]), 1, &["say a key that opens it, too"]);
+        refused(&amend(&["--add-key-file", "other", "--key-file", "other"]), 1, &["the key is wrong"]);
+        let told = done(&amend(&["--add-key-file", "other", "--key-file", "key"]));
+        assert_eq!(told, "disk: key slot 1 takes the new key\n");
+        assert!(opens("key") && opens("other"));
+        refused(
+            &amend(&["--remove-key-slot", "1", "--key-file", "other"]),
+            1,
+            &["is the one that the key opens"],
+        );
+        assert_eq!(done(&amend(&["--remove-key-file", "key"])), "disk: key slot 0 is free\n");
+        assert!(!opens("key") && opens("other"));
+        // Both at once, the new one first.
+        let told =
+            done(&amend(&["--add-key-file", "key", "--remove-key-file", "other", "--key-file", "other"]));
+        assert_eq!(told, "disk: key slot 0 takes the new key\ndisk: key slot 1 is free\n", "{format}");
+        assert!(opens("key") && !opens("other"));
+        refused(&amend(&[]), 2, &["nothing is to be changed"]);
+    }
+}
+
+#[test]
+fn options_of_an_encrypted_image_change_without_its_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path();
+    fs::write(dir.join("key"), "a passphrase").unwrap();
+    done(&vbd(
+        dir,
+        &["create", "disk", "--format", "qcow2", "--encrypt", "--size", "4M", "--key-file", "key"],
+    ));
+    qemu_io_qcow2(dir, "disk", "key", &["write -P 5 0 4M"]);
+    let told = done(&vbd(
+        dir,
+        &["amend", "disk", "--format", "qcow2", "--lazy-refcounts", "on", "--refcount-bits", "32"],
+    ));
+    assert_eq!(told, "disk: reference counts have 32 bits now\ndisk: lazy refcounts are on now\n");
+    let resize = ["resize", "disk", "--format", "qcow2", "--key-file", "key"];
+    refused(&vbd(dir, &[&resize[..], &["1M"]].concat()), 1, &["say --shrink"]);
+    done(&vbd(dir, &[&resize[..], &["--shrink", "1000K"]].concat()));
+    done(&vbd(dir, &[&resize[..], &["2M"]].concat()));
+    qemu_io_qcow2(dir, "disk", "key", &["read -P 5 0 1000k", "read -P 0 1000k 1048k"]);
+    done(&vbd(dir, &["check", "disk", "--format", "qcow2"]));
+    let raw = ["amend", "raw", "--compat", "3"];
+    fs::write(dir.join("raw"), vec![0; 1 << 20]).unwrap();
+    refused(&vbd(dir, &raw), 1, &["a raw image has no options"]);
+}
+
+#[test]
 fn an_encrypted_qcow2_image_is_served() {
     let directory = tempfile::tempdir().unwrap();
     let dir = directory.path();

@@ -8,7 +8,7 @@
 //! distrust them after a crash, and stored when the image is closed.
 
 mod kept;
-mod space;
+pub(crate) mod space;
 
 use std::io;
 
@@ -52,7 +52,7 @@ pub enum Error {
 }
 
 impl Error {
-    fn io(doing: &'static str) -> impl Fn(io::Error) -> Error {
+    pub(crate) fn io(doing: &'static str) -> impl Fn(io::Error) -> Error {
         move |error| Error::Io { doing, error }
     }
 }
@@ -98,7 +98,7 @@ fn open<S: Source + ?Sized>(source: &S) -> Result<Header> {
     Ok(header)
 }
 
-fn are_valid(header: &Header) -> bool {
+pub(crate) fn are_valid(header: &Header) -> bool {
     header.autoclear & autoclear::BITMAPS != 0
 }
 
@@ -329,8 +329,33 @@ fn new_header(header: &Header, extension: Option<BitmapsExtension>) -> Result<He
     Ok(new)
 }
 
+/// Writes the bitmaps of an image anew as they are once its disk has `size` bytes. Gives the header with another directory,
+/// and the entries that are in it. What was taken is added to `taken`.
+pub(crate) fn write_cut<S: Storage + ?Sized>(
+    storage: &S,
+    header: &Header,
+    size: u64,
+    space: &mut Space<'_, S>,
+    taken: &mut Vec<(u64, u64)>,
+) -> Result<(Header, Vec<BitmapEntry>)> {
+    let layout = header.layout();
+    let mut entries = Vec::new();
+    for held in load_all(storage, header)? {
+        entries.push(match (&held.bits, &held.entry) {
+            (Some(bits), entry) => {
+                let bits = bits.resized(size)?;
+                write_bitmap(storage, space, &layout, &held, &bits, entry.as_ref(), taken)?
+            }
+            (None, Some(entry)) => entry.clone(),
+            (None, None) => continue,
+        });
+    }
+    let extension = write_directory(storage, space, &layout, &entries, taken)?;
+    Ok((new_header(header, extension)?, entries))
+}
+
 /// Gives back what the bitmaps before took: their directory, and tables and bits of those that were written anew.
-fn give_back_old<S: Storage + ?Sized>(
+pub(crate) fn give_back_old<S: Storage + ?Sized>(
     storage: &S,
     header: &Header,
     entries: &[BitmapEntry],

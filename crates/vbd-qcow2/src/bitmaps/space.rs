@@ -6,7 +6,7 @@ use crate::format::{Header, Layout, be64};
 use crate::storage::{Storage, read_padded_at};
 
 /// The refcounts of an image that nobody else uses.
-pub(super) struct Space<'a, S: Storage + ?Sized> {
+pub(crate) struct Space<'a, S: Storage + ?Sized> {
     storage: &'a S,
     layout: Layout,
     table_offset: u64,
@@ -19,7 +19,7 @@ pub(super) struct Space<'a, S: Storage + ?Sized> {
 }
 
 impl<'a, S: Storage + ?Sized> Space<'a, S> {
-    pub(super) fn new(storage: &'a S, header: &Header) -> Result<Self> {
+    pub(crate) fn new(storage: &'a S, header: &Header) -> Result<Self> {
         let layout = header.layout();
         let mut bytes = vec![0; usize::try_from(header.refcount_table_bytes()).expect("within the limit")];
         read_padded_at(storage, header.refcount_table_offset, &mut bytes)
@@ -80,7 +80,7 @@ impl<'a, S: Storage + ?Sized> Space<'a, S> {
 
     /// Takes clusters that lie one behind the other, and gives the offset of the first. Their counts are written, and not
     /// yet durable.
-    pub(super) fn take(&mut self, clusters: u64) -> Result<u64> {
+    pub(crate) fn take(&mut self, clusters: u64) -> Result<u64> {
         let all = (self.table.len() as u64) << self.layout.refcount_block_bits();
         let (mut run, mut cluster) = (0, self.hint);
         while cluster < all {
@@ -127,9 +127,34 @@ impl<'a, S: Storage + ?Sized> Space<'a, S> {
         Ok(())
     }
 
+    /// Takes references to a cluster away; whether that was the last. A count that is lower than that is left for a check.
+    pub(crate) fn lower(&mut self, cluster: u64, times: u64) -> Result<bool> {
+        match self.count(cluster)? {
+            Some(count) if count >= times && count > 0 => {
+                self.set(cluster, count - times)?;
+                Ok(count == times)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// The cluster behind the last one that is in use.
+    pub(crate) fn end(&mut self) -> Result<u64> {
+        let bits = self.layout.refcount_block_bits();
+        for block in (0..self.table.len()).rev() {
+            let width = self.layout.refcount_width;
+            let Some(bytes) = self.load(block)? else { continue };
+            let last = (0..1usize << bits).rev().find(|index| width.get(bytes, *index) > 0);
+            if let Some(last) = last {
+                return Ok(((block as u64) << bits) + last as u64 + 1);
+            }
+        }
+        Ok(0)
+    }
+
     /// Gives back the clusters of a range, if each is used once: where a count says otherwise it is for a check to say what
     /// is right.
-    pub(super) fn give_back(&mut self, offset: u64, length: u64) -> Result<()> {
+    pub(crate) fn give_back(&mut self, offset: u64, length: u64) -> Result<()> {
         let bits = self.layout.cluster_bits;
         for cluster in offset >> bits..offset.saturating_add(length).div_ceil(1 << bits) {
             if self.count(cluster)? == Some(1) {
@@ -141,6 +166,6 @@ impl<'a, S: Storage + ?Sized> Space<'a, S> {
 }
 
 /// Makes room in the refcount table for more blocks, by a new one.
-pub(super) fn grow_table<S: Storage + ?Sized>(storage: &S) -> Result<()> {
+pub(crate) fn grow_table<S: Storage + ?Sized>(storage: &S) -> Result<()> {
     rebuild_with_room(storage, &check::Options::default()).map_err(|error| Error::Refused(error.to_string()))
 }

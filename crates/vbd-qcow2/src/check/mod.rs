@@ -92,7 +92,19 @@ pub(crate) fn rebuild_with_room<S: Storage + ?Sized>(storage: &S, options: &Opti
         return Err(Error::Impossible(format!("the image has to be repaired first: {finding}")));
     }
     let room = image.refcount_table.len() as u64 + image.layout.cluster_size() / 8;
-    rebuild::rebuild(&image, false, room, options, &mut Vec::new())
+    let width = image.layout.refcount_width;
+    rebuild::rebuild(&image, rebuild::Wanted { width, keep: false, room }, options, &mut Vec::new())
+}
+
+/// Makes a new refcount structure whose counts have another width, for an image that nothing is wrong with. The old one
+/// leaks.
+pub(crate) fn rebuild_with_width<S: Storage + ?Sized>(
+    storage: &S,
+    width: format::RefcountWidth,
+    options: &Options,
+) -> Result<()> {
+    let image = Image::open(storage, &mut Report::new(1))?;
+    rebuild::rebuild(&image, rebuild::Wanted { width, keep: false, room: 0 }, options, &mut Vec::new())
 }
 
 /// What a look at an image found beside its report.

@@ -10,11 +10,14 @@ use super::image::Image;
 use super::report::Report;
 use super::stored::Stored;
 use super::{Error, Options, Result, Whole, windows};
-use crate::format::{at, limit};
+use crate::format::{Header, Layout, RefcountWidth, at, limit};
 use crate::storage::Storage;
 
 /// Entries that lead behind the end of the file, at most: none of them may lead to the new structure.
 const BEHIND: usize = 1 << 20;
+
+/// Where the fields of the header end that every image of version 3 has.
+const FIXED: usize = 104;
 
 /// Where the new structure goes, in clusters.
 struct Place {
@@ -24,22 +27,32 @@ struct Place {
     blocks: Vec<u64>,
 }
 
-/// Makes a new refcount structure with the counts that are true. With `keep`, no count is lower than it was, for something
-/// may be in use that nothing was found to use. The table has `room` entries at least.
+/// What a new structure is to be like.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// The width of its counts. Another one than now needs `keep` to be false.
+    pub(super) width: RefcountWidth,
+    /// Whether no count is lower than it was, for something may be in use that nothing was found to use.
+    pub(super) keep: bool,
+    /// Entries that the table has at least.
+    pub(super) room: u64,
+}
+
+/// Makes a new refcount structure with the counts that are true.
 pub(super) fn rebuild<S: Storage + ?Sized>(
     image: &Image<'_, S>,
-    keep: bool,
-    room: u64,
+    wanted: Wanted,
     options: &Options,
     actions: &mut Vec<String>,
 ) -> Result<()> {
+    let keep = wanted.keep;
+    let layout = Layout { refcount_width: wanted.width, ..image.layout };
     let mut stored = Stored::new(image);
-    let place = find_place(image, &mut stored, keep, room, options)?;
-    let layout = image.layout;
+    let place = find_place(image, &mut stored, &layout, wanted, options)?;
     let offset = |cluster: u64| cluster << layout.cluster_bits;
     let first_block = place.start + place.table_clusters;
     let end = first_block + place.blocks.len() as u64;
-    let mut writer = Writer { image, stored, keep, place: &place, current: None };
+    let mut writer = Writer { image, layout, stored, keep, place: &place, current: None };
     windows(image, options, &mut Report::new(0), whole(), |counts, _, _| {
         for (cluster, count) in in_file(image, counts) {
             writer.put(cluster, count)?;
@@ -70,7 +83,13 @@ pub(super) fn rebuild<S: Storage + ?Sized>(
     source.write_all_at(offset(place.start), &table).map_err(failed("write a new refcount table"))?;
     source.sync().map_err(failed("make the new refcount table durable"))?;
     let clusters = u32::try_from(place.table_clusters).expect("within the limit");
-    let pointer = [&offset(place.start).to_be_bytes()[..], &clusters.to_be_bytes()].concat();
+    let mut pointer = [&offset(place.start).to_be_bytes()[..], &clusters.to_be_bytes()].concat();
+    if wanted.width != image.layout.refcount_width {
+        // With the width, and what lies between, in one write within a sector.
+        let mut header = Header { refcount_width: wanted.width, ..image.header.clone() };
+        (header.refcount_table_offset, header.refcount_table_clusters) = (offset(place.start), clusters);
+        pointer = header.encode()?[usize::try_from(at::REFCOUNT_TABLE).expect("small")..FIXED].to_vec();
+    }
     source.write_all_at(at::REFCOUNT_TABLE, &pointer).map_err(failed("write the header"))?;
     source.sync().map_err(failed("make the header durable"))?;
     actions.push(format!(
@@ -100,11 +119,11 @@ fn in_file<'a, S: Storage + ?Sized>(
 fn find_place<S: Storage + ?Sized>(
     image: &Image<'_, S>,
     stored: &mut Stored<'_, '_, S>,
-    keep: bool,
-    room: u64,
+    layout: &Layout,
+    wanted: Wanted,
     options: &Options,
 ) -> Result<Place> {
-    let layout = image.layout;
+    let Wanted { keep, room, .. } = wanted;
     let bits = layout.refcount_block_bits();
     let mut blocks = BTreeSet::new();
     let (mut too_often, mut behind) = (None, BTreeSet::new());
@@ -175,6 +194,8 @@ fn find_place<S: Storage + ?Sized>(
 /// Writes blocks, whose counts come in rising order of the clusters.
 struct Writer<'a, 'b, 'p, S: Storage + ?Sized> {
     image: &'a Image<'b, S>,
+    /// With the width of the new counts.
+    layout: Layout,
     stored: Stored<'a, 'b, S>,
     keep: bool,
     place: &'p Place,
@@ -214,7 +235,7 @@ impl<S: Storage + ?Sized> Writer<'_, '_, '_, S> {
     }
 
     fn put(&mut self, cluster: u64, count: u64) -> Result<()> {
-        let (width, bits) = (self.image.layout.refcount_width, self.image.layout.refcount_block_bits());
+        let (width, bits) = (self.layout.refcount_width, self.layout.refcount_block_bits());
         self.touch(cluster >> bits)?;
         if let Some((_, block)) = &mut self.current {
             let index = usize::try_from(cluster & ((1 << bits) - 1)).expect("an index within a block");

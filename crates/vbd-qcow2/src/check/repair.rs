@@ -18,7 +18,7 @@ use super::counts::CHUNK;
 use super::flags;
 use super::flags::Wrong;
 use super::image::Image;
-use super::rebuild::rebuild;
+use super::rebuild::{Wanted, rebuild};
 use super::report::{Class, Report};
 use super::stored::Stored;
 use super::{Error, Look, Options, Result, Whole, check, look, windows};
@@ -107,7 +107,8 @@ fn all<S: Storage + ?Sized>(
     let now = look(&image, options, &mut Report::new(0))?;
     let keep = before.incomplete;
     if now.refcounts_damaged {
-        rebuild(&image, keep, 0, options, actions)?;
+        let width = image.layout.refcount_width;
+        rebuild(&image, Wanted { width, keep, room: 0 }, options, actions)?;
     } else {
         recount(&image, Direction { raise: true, lower: !keep }, options, actions)?;
     }

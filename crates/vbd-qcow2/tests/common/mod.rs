@@ -219,6 +219,11 @@ impl Recorded {
     pub(crate) fn content(&self) -> Vec<u8> {
         self.0.content()
     }
+
+    /// Everything fails with this error once so many changes were made.
+    pub(crate) fn fail_after(&self, changes: usize, error: i32) {
+        self.0.fail_after(changes, error);
+    }
 }
 
 impl vbd_image::ReadAt for Recorded {

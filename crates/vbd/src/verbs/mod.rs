@@ -1,5 +1,6 @@
 //! The verbs. Each module holds the arguments of one and runs it.
 
+mod amend;
 mod attach;
 mod backup;
 mod backups;
@@ -64,6 +65,7 @@ pub(crate) enum Verb {
     Compare(compare::Args),
     Measure(Box<measure::Args>),
     Resize(resize::Args),
+    Amend(Box<amend::Args>),
     Snapshot(snapshot::Args),
     Rebase(rebase::Args),
     Flatten(rebase::FlattenArgs),
@@ -116,6 +118,7 @@ impl Verb {
             Verb::Compare(args) => compare::run(args),
             Verb::Measure(args) => measure::run(*args),
             Verb::Resize(args) => resize::run(args),
+            Verb::Amend(args) => amend::run(*args),
             Verb::Snapshot(args) => snapshot::run(args),
             Verb::Rebase(args) => rebase::run(args),
             Verb::Flatten(args) => rebase::flatten(args),

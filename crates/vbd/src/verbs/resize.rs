@@ -7,7 +7,8 @@ use vbd_image::size::Human;
 use super::image::{ImageArgs, NewSize};
 use crate::output::print;
 
-/// Make the disk in an image larger; what is in it stays as it is: `vbd grow` grows a filesystem with it.
+/// Make the disk in an image larger, or with --shrink smaller; what is in it stays as it is: `vbd grow` and `vbd shrink` change
+/// a filesystem with it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The image; nobody may be using it
@@ -15,7 +16,7 @@ pub(crate) struct Args {
     /// The new size, as 20G, or how much more, as +5G
     #[arg(value_name = "SIZE", allow_hyphen_values = true)]
     size: NewSize,
-    /// Cut off what is beyond a smaller size: it is lost. Raw images only
+    /// Cut off what is beyond a smaller size: it is lost, but to snapshots. Raw, qcow2 and vhd images
     #[arg(long)]
     shrink: bool,
     #[command(flatten)]
