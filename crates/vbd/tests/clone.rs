@@ -245,3 +245,33 @@ fn nothing_is_left_of_what_fails() {
     drop(lease);
     done(vbd(&["clone", text(&good), text(&new)]));
 }
+
+#[test]
+fn a_clone_that_is_killed_is_whole_or_not_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let base = base(directory.path(), "base", &["-t", "ext4"]);
+    let new = directory.path().join("new");
+    let mut killed = 0;
+    for (how, format) in [("overlay", "qcow2"), ("copy", "raw")] {
+        for delay in (0..80).step_by(5) {
+            let arguments = ["clone", text(&base), text(&new), "--hostname", "vm2", "--how", how];
+            let mut child = Command::new(env!("CARGO_BIN_EXE_vbd"))
+                .args(arguments)
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(delay));
+            child.kill().unwrap();
+            killed += u32::from(!child.wait().unwrap().success());
+            let others = names(directory.path());
+            assert!(!others.iter().any(|name| name.ends_with(".new")), "{others:?}");
+            if new.exists() {
+                done(vbd(&["check", text(&new), "--format", format]));
+                let hostname = format!("{}:/etc/hostname", text(&new));
+                assert_eq!(done(vbd(&["cat", &hostname, "--format", format])), "vm2\n");
+                fs::remove_file(&new).unwrap();
+            }
+        }
+    }
+    assert!(killed > 0, "none was killed in time");
+}

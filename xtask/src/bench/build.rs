@@ -61,6 +61,7 @@ const DEBIAN: &str = "build/debian";
 const LAYERS: &str = "build/three-layers";
 const EDIT: &str = "build/edit-one-file";
 const CLONE: &str = "build/clone";
+const OVERLAY: &str = "build/clone-overlay";
 const LS: &str = "build/ls";
 /// What says why there is nothing of the works on XFS.
 const XFS: &str = "build/on-xfs";
@@ -178,7 +179,7 @@ impl Bench<'_> {
         let shared: Vec<u64> =
             SHARED.into_iter().map(|bytes| if self.plan.quick { bytes / 10 } else { bytes }).collect();
         let names = shared.iter().map(|&bytes| shared_name(bytes));
-        let names: Vec<String> = names.chain([LS, EDIT, CLONE].map(str::to_owned)).collect();
+        let names: Vec<String> = names.chain([LS, EDIT, CLONE, OVERLAY].map(str::to_owned)).collect();
         let wanted = |name: &str| self.plan.wants(name);
         if !names.iter().any(|name| wanted(name)) {
             return Ok(());
@@ -192,12 +193,13 @@ impl Bench<'_> {
                 self.race(&name, usize::MAX, vec![way], results)?;
             }
         }
-        if [LS, EDIT, CLONE].into_iter().any(wanted) {
+        if [LS, EDIT, CLONE, OVERLAY].into_iter().any(wanted) {
             let base = self.ways.base(xfs.path(), &trees::debian(self.trees)?)?;
             for (name, way) in [
                 (LS, self.ways.ls(&base)),
                 (EDIT, self.ways.edit(&base, self.memory.path())?),
-                (CLONE, self.ways.clone(&base)),
+                (CLONE, self.ways.clone(&base, "reflink")),
+                (OVERLAY, self.ways.clone(&base, "overlay")),
             ] {
                 if wanted(name) {
                     self.race(name, usize::MAX, vec![way], results)?;

@@ -1,7 +1,7 @@
 //! What `vbd build` and the rest have to reach.
 
 use super::{
-    CLONE, DEBIAN, EDIT, LAYERS, LS, MANY_DIRECTORIES, Many, ONE_DIRECTORY, SERIES, SHARED, Works,
+    CLONE, DEBIAN, EDIT, LAYERS, LS, MANY_DIRECTORIES, Many, ONE_DIRECTORY, OVERLAY, SERIES, SHARED, Works,
     shared_name,
 };
 use crate::bench::targets::{Bound, Verdict, verdict};
@@ -49,6 +49,8 @@ pub(crate) fn judge(works: &Works) -> Vec<Verdict> {
     let milliseconds = |work| Some(seconds(works, work, "vbd")? * 1e3);
     add(EDIT, "one file of a 10 GiB image", Bound::AtMost(20.0), milliseconds(EDIT), "ms");
     add(CLONE, "a 10 GiB image, with a new identity", Bound::AtMost(20.0), milliseconds(CLONE), "ms");
+    let found = milliseconds(OVERLAY);
+    add(OVERLAY, "a 10 GiB image, with a new identity", Bound::AtMost(20.0), found, "ms");
     add(LS, "the root of a 10 GiB image", Bound::AtMost(10.0), milliseconds(LS), "ms");
     verdicts
 }

@@ -1,6 +1,6 @@
 //! The ways, as commands.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -114,11 +114,24 @@ impl<'a> Ways<'a> {
         Ok(way("vbd", self.vbd, arguments, vec![], Some(base.to_owned())))
     }
 
-    pub(super) fn clone(&self, base: &Path) -> Way {
+    /// A clone that comes from its base in that way.
+    pub(super) fn clone(&self, base: &Path, how: &str) -> Way {
         let new = base.with_file_name("clone.img");
         let arguments = ["clone".as_ref(), base.as_os_str(), new.as_os_str()];
-        let arguments = arguments.into_iter().chain(["--hostname".as_ref(), "vm2".as_ref()]);
-        way("vbd", self.vbd, arguments.map(OsString::from).collect(), vec![new.clone()], Some(new))
+        let options = ["--hostname", "vm2", "--how", how].map(OsStr::new);
+        let arguments = arguments.into_iter().chain(options);
+        let arguments = arguments.map(OsString::from).collect();
+        if how != "overlay" {
+            return way("vbd", self.vbd, arguments, vec![new.clone()], Some(new));
+        }
+        // The filesystem is behind a format that e2fsck does not know.
+        let (vbd, image) = (self.vbd.to_owned(), new.clone());
+        let check = move || {
+            let mut command = Command::new(&vbd);
+            command.args(["check", "--format", "qcow2"]).arg(&image);
+            command
+        };
+        Way { check: Some(Box::new(check)), ..way("vbd", self.vbd, arguments, vec![new], None) }
     }
 }
 
