@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vbd_core::{Disk, Error, ErrorKind, Result};
+use vbd_qcow2::format::Encryption;
 use vbd_qcow2::{Backing, CreateOptions};
 
 use crate::gate::{directory_of, shown};
 use crate::open::on_chain;
-use crate::{Format, ImageSpec, chain, open, open_on};
+use crate::{Details, Format, ImageSpec, Link, chain, open, open_on};
 
 /// Makes an empty file a qcow2 image that stands on `base` and has the size of its disk. The file will be called `at`, from
 /// where the image names its base: by a relative name where that is in or below the same directory. The disk is opened
@@ -22,14 +23,14 @@ use crate::{Format, ImageSpec, chain, open, open_on};
 pub fn overlay(file: &File, at: &Path, base: &ImageSpec) -> Result<Arc<dyn Disk>> {
     let refused =
         |why: &str| Error::new(ErrorKind::Unsupported, why.to_owned()).of(shown(base.path.as_os_str()));
-    if base.format == Format::Luks {
-        return Err(refused("is encrypted, and what is written to an overlay of it would not be"));
-    }
     let name = name_from(at, &base.path)?;
     if !base.path.is_file() {
         return Err(refused("is no regular file, and an image names no other as what it stands on"));
     }
     let links = chain(&base.path, base.format, &base.gate)?;
+    if links.iter().any(is_encrypted) {
+        return Err(refused("is encrypted, and what is written to an overlay of it would not be"));
+    }
     let size = links.first().map(|link| link.size.next_multiple_of(512)).unwrap_or_default();
     let backing =
         Backing { name: name.as_os_str().as_bytes().to_vec(), format: base.format.in_images().to_owned() };
@@ -56,6 +57,14 @@ pub fn open_copy(file: &File, at: &Path, original: &ImageSpec) -> Result<Arc<dyn
         return Err(refused("stands on another file, which a copy in another directory would not find"));
     }
     on_chain(&ImageSpec { path: own_path(file), bitmaps: None, ..original.clone() }, &links)
+}
+
+fn is_encrypted(link: &Link) -> bool {
+    match &link.details {
+        Details::Luks(_) => true,
+        Details::Qcow2(header) => header.encryption != Encryption::None,
+        Details::Raw | Details::Vhd(_) | Details::Foreign(_) => false,
+    }
 }
 
 /// The name of a file that is open, if it has one or not.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vbd_formats::{Checked as Structure, Format, Repair};
+use vbd_formats::{Checked as Structure, Format, ImageSpec, Repair};
 use vbd_fs::upkeep::{self, Checked, Disk};
 use vbd_image::lease::Mode;
 
@@ -91,7 +91,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             if args.repair.is_some() {
                 return Err(UsageError(format!("{format} images are not repaired here")).into());
             }
-            (None, look(&args, &mut bar).map_err(|error| UsageError(error.to_string()))?)
+            let spec = args.of.spec(&args.image)?;
+            (None, look(spec, &mut bar).map_err(|error| UsageError(error.to_string()))?)
         }
     };
     bar.clear();
@@ -131,8 +132,8 @@ fn raw(args: &Args, bar: &mut Bar) -> anyhow::Result<Checked> {
 }
 
 /// Checks what is in a disk of another format.
-fn look(args: &Args, bar: &mut Bar) -> anyhow::Result<Checked> {
-    let disk = device::open(&args.of, &args.image, Opening::patient(Mode::Read))?;
+fn look(spec: ImageSpec, bar: &mut Bar) -> anyhow::Result<Checked> {
+    let disk = device::open_spec(spec, Opening::patient(Mode::Read))?;
     Ok(upkeep::check(&disk, bar)?)
 }
 
@@ -146,7 +147,7 @@ fn with_structure(args: &Args, bar: &mut Bar) -> anyhow::Result<(Option<Structur
     let structure = vbd_formats::check(&spec, repair).map_err(|error| UsageError(error.to_string()))?;
     let mut inside = Checked::default();
     if structure.errors == 0 && !structure.incomplete {
-        match look(args, bar) {
+        match look(spec, bar) {
             Ok(checked) => inside = checked,
             Err(error) => inside.notes.push(format!("what is in it was not looked at: {error}")),
         }

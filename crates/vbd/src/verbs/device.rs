@@ -34,11 +34,16 @@ impl Opening {
 
 /// Opens an image as it was told to be, its lease taken. One that is written to keeps its dirty bitmaps.
 pub(super) fn open(args: &ImageArgs, path: &Path, opening: Opening) -> anyhow::Result<Disk> {
+    open_spec(args.spec(path)?, opening)
+}
+
+/// The same of one that was told before: a key can come from a descriptor, and then comes once.
+pub(super) fn open_spec(told: ImageSpec, opening: Opening) -> anyhow::Result<Disk> {
     let Opening { mode, share, wait } = opening;
-    let told = args.spec(path)?;
     // Through the page cache: it is small pieces that are read, and read again by the next verb.
     let spec =
         ImageSpec { read_only: mode == Mode::Read, share, cache: Cache::Writeback, lease_wait: wait, ..told };
+    let path = &spec.path;
     // The bytes of a raw image are the disk's, unless somebody has to take note of what is written to it.
     if spec.format == Format::Raw && (spec.read_only || !sidecar::path_of(path).exists()) {
         return Ok(Disk::open_with(path, mode, lease::Options { override_: share, wait })?);
