@@ -1,4 +1,4 @@
-//! What a thread does with a directory: looks at everything in it, and reads files that are tiny at once.
+//! What a thread does with a directory: looks at everything in it, and reads files that are small at once.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, OsStr};
@@ -24,7 +24,9 @@ const CHUNK: usize = 512;
 /// Bytes of names that one call reads.
 const NAMES: usize = 64 << 10;
 /// Files up to this size are read when they are found: opening them a second time would cost more than to keep them.
-pub(super) const TINY: usize = 512;
+const TINY: usize = 512;
+/// So are files up to this size, as long as there is [room](Queue::keep) for them.
+const SMALL: usize = 16 << 10;
 
 /// What was found.
 #[derive(Default)]
@@ -57,7 +59,7 @@ pub(super) struct Child {
     pub(super) xattrs: Vec<Xattr>,
     /// A link's target.
     pub(super) target: Range<usize>,
-    /// The content of a tiny file.
+    /// The content of a file that was read at once.
     pub(super) content: Option<Box<[u8]>>,
     /// The number of a directory that is to be read, too.
     pub(super) number: Option<u32>,
@@ -234,8 +236,8 @@ impl<'a> Worker<'a> {
         Ok(Some(Child { name, stat, xattrs, target, content, number: None }))
     }
 
-    /// Looks at what is a regular file by its directory: it is opened, which tells whether it may be read, and reads it if
-    /// it is tiny. Nothing where it is no such file any more.
+    /// Looks at what is a regular file by its directory: it is opened, which tells whether it may be read, and read if it is
+    /// small. Nothing where it is no such file any more.
     fn file(&self, directory: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<Looked>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
@@ -247,7 +249,7 @@ impl<'a> Worker<'a> {
         if !stat.is_file() {
             return Ok(None);
         }
-        let content = tiny(file.as_fd(), &stat);
+        let content = self.content(file.as_fd(), &stat);
         Ok(Some(Looked { xattrs: sys::xattrs_of(file.as_fd())?, stat, content }))
     }
 
@@ -264,14 +266,17 @@ impl<'a> Worker<'a> {
         let xattrs = if none { Vec::new() } else { sys::xattrs(directory, plain, View::Kernel)? };
         Ok(Some(Looked { stat, xattrs, content: None }))
     }
-}
 
-/// The content of a tiny file. Nothing of one that is larger, changes meanwhile or cannot be read: that is told when it is
-/// read the usual way.
-fn tiny(file: BorrowedFd<'_>, stat: &Stat) -> Option<Box<[u8]>> {
-    let size = usize::try_from(stat.size).ok().filter(|size| (1..=TINY).contains(size))?;
-    let mut buffer = [MaybeUninit::<u8>::uninit(); TINY];
-    let (content, _) = rustix::io::pread(file, &mut buffer[..size], 0).ok()?;
-    let content = (content.len() == size).then(|| Box::from(&*content));
-    content.filter(|_| sys::stat_of(file).is_ok_and(|after| after.is_as(stat)))
+    /// The content of a small file. Nothing of one that is larger, changes meanwhile or cannot be read: that is told when it
+    /// is read the usual way.
+    fn content(&self, file: BorrowedFd<'_>, stat: &Stat) -> Option<Box<[u8]>> {
+        let size = usize::try_from(stat.size).ok().filter(|size| (1..=SMALL).contains(size))?;
+        if size > TINY && !self.queue.keep(size) {
+            return None;
+        }
+        let mut buffer = [MaybeUninit::<u8>::uninit(); SMALL];
+        let (content, _) = rustix::io::pread(file, &mut buffer[..size], 0).ok()?;
+        let content = (content.len() == size).then(|| Box::from(&*content));
+        content.filter(|_| sys::stat_of(file).is_ok_and(|after| after.is_as(stat)))
+    }
 }

@@ -26,7 +26,7 @@ use queue::{Queue, ROOT, Task};
 
 /// How often the wish to stop is looked at.
 const TICK: Duration = Duration::from_millis(50);
-/// Bytes of tiny files that are kept, so that memory has a limit whatever the tree.
+/// Bytes of files read early that are kept, so that memory has a limit whatever the tree.
 const KEPT: usize = 1 << 30;
 
 /// What of a directory is not wanted.

@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FileType;
@@ -27,6 +27,9 @@ pub(super) struct Open {
     pub(super) fd: OwnedFd,
 }
 
+/// Bytes of small files that are read when they are found: what of a system is small, and little beside what a build takes.
+const KEEP: usize = 32 << 20;
+
 /// The number of the root among the directories of a scan.
 pub(super) const ROOT: u32 = 0;
 
@@ -46,6 +49,8 @@ pub(super) struct Queue {
     /// More threads wait than there is work for.
     hungry: AtomicBool,
     numbers: AtomicU32,
+    /// Bytes of files that were read early.
+    kept: AtomicUsize,
 }
 
 impl Queue {
@@ -57,6 +62,7 @@ impl Queue {
             more: Condvar::new(),
             hungry: AtomicBool::new(false),
             numbers: AtomicU32::new(ROOT + 1),
+            kept: AtomicUsize::new(0),
         }
     }
 
@@ -67,6 +73,11 @@ impl Queue {
     /// A number for one more directory.
     pub(super) fn number(&self) -> u32 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes room for a file that is read early; false where there is none left.
+    pub(super) fn keep(&self, bytes: usize) -> bool {
+        self.kept.fetch_add(bytes, Ordering::Relaxed) < KEEP
     }
 
     /// Whether somebody waits for work.
