@@ -63,6 +63,7 @@ pub fn fuzz(bytes: &[u8]) {
         walk(format, bytes);
     }
     walk(Format::Vhdx, &vhdx::assemble(bytes));
+    vhdx::fuzz_log(bytes);
     let _ = vmdk::unpack(bytes, 65536);
 }
 

@@ -215,9 +215,54 @@ fn what_cannot_be_read_says_why() {
     assert!(error.to_string().contains("cannot open"), "{error}");
 }
 
-/// As Hyper-V leaves it where the power goes: the header names a log.
+/// As a program leaves it that is killed: the header names a log, and the table of blocks may not be written yet.
 #[test]
-fn a_vhdx_with_a_log_to_replay_is_refused() {
+fn a_vhdx_that_was_not_closed_is_read_as_it_is_after_a_repair() {
+    for options in ["subformat=dynamic", "subformat=dynamic,block_size=1M"] {
+        let dir = in_memory();
+        let path = made(dir.path(), "vhdx", options, &content());
+        let text = path.to_str().unwrap();
+        let commands = ["-c", "write -P 3 7M 70k", "-c", "write -P 4 3M 512", "-c", "abort"];
+        let killed = Command::new("qemu-io").args(["-f", "vhdx"]).args(commands).arg(text).output().unwrap();
+        assert!(!killed.status.success());
+        let mut bytes = std::fs::read(&path).unwrap();
+        // QEMU names the log in the header, writes it, writes the tables, and names no log any more: all that again, up to
+        // where the log was written.
+        let log = u64::from_le_bytes(bytes[(64 << 10) + 72..][..8].try_into().unwrap());
+        let log = usize::try_from(log).unwrap();
+        let entries = bytes[log..log + (1 << 20)].chunks(4096).filter(|sector| sector.starts_with(b"loge"));
+        // Each session numbers its entries from 1 on; the file has only grown.
+        let number = |entry: &[u8], at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+        let last = entries.max_by_key(|entry| (number(entry, 56), number(entry, 16))).unwrap();
+        let guid = last[32..48].to_vec();
+        for at in [64 << 10, 128 << 10] {
+            bytes[at + 48..at + 64].copy_from_slice(&guid);
+            bytes[at + 4..at + 8].fill(0);
+            let crc = crc32c::crc32c(&bytes[at..at + 4096]);
+            bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
+        }
+        let bat = u64::from_le_bytes(bytes[(192 << 10) + 32..][..8].try_into().unwrap());
+        let bat = usize::try_from(bat).unwrap();
+        assert!(bytes[bat..bat + 4096] != [0; 4096]);
+        bytes[bat..bat + 4096].fill(0);
+        std::fs::write(&path, &bytes).unwrap();
+        let repaired = dir.path().join("repaired.vhdx");
+        std::fs::copy(&path, &repaired).unwrap();
+        qemu("qemu-img", &["check", "-q", "-r", "all", "-f", "vhdx", repaired.to_str().unwrap()]);
+        let mut wanted = content();
+        wanted[7 << 20..][..70 << 10].fill(3);
+        wanted[3 << 20..][..512].fill(4);
+        for path in [&path, &repaired] {
+            let (disk, client) = open(path, Format::Vhdx);
+            wanted.resize(disk.inspect().unwrap().0.size as usize, 0);
+            compare(&client, &wanted, options);
+        }
+        assert!(std::fs::read(&path).unwrap() == bytes, "the file stays as it is");
+    }
+}
+
+#[test]
+fn a_vhdx_without_the_log_that_its_header_names_is_refused() {
     let dir = in_memory();
     let path = made(dir.path(), "vhdx", "subformat=dynamic", &content());
     let good = std::fs::read(&path).unwrap();
@@ -234,7 +279,13 @@ fn a_vhdx_with_a_log_to_replay_is_refused() {
     };
     with(&|header| header[48..64].fill(7));
     let error = refused(&path, Format::Vhdx);
-    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("log"), "{error}");
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("log"), "{error}");
+    with(&|header| {
+        header[48..64].fill(7);
+        header[68..72].copy_from_slice(&(128u32 << 20).to_le_bytes());
+    });
+    let error = refused(&path, Format::Vhdx);
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("64 MiB"), "{error}");
     with(&|header| header[66] = 2);
     let error = refused(&path, Format::Vhdx);
     assert!(error.to_string().contains("the version is 2"), "{error}");
@@ -327,11 +378,13 @@ fn the_corpus_holds_images_that_open() {
             ("vmdk-stream", "vmdk", "subformat=streamOptimized"),
             ("vdi", "vdi", "static=off"),
             ("vhdx-parts", "vhdx", "subformat=dynamic,block_size=1M"),
+            ("vhdx-log", "vhdx", "subformat=dynamic,block_size=1M"),
         ] {
             let dir = in_memory();
             let path = made(dir.path(), format, options, &[5; 4096]);
             let bytes = std::fs::read(&path).unwrap();
             let kept = match format {
+                "vhdx" if name == "vhdx-log" => bytes[1 << 20..(1 << 20) + 16384].to_vec(),
                 "vhdx" => {
                     let part = |at: usize, len: usize| bytes[at..at + len].to_vec();
                     let mut regions = part(192 << 10, 256);

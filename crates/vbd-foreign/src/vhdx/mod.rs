@@ -1,9 +1,10 @@
 //! VHDX, Hyper-V's second format. The specification is Microsoft's \[MS-VHDX\], version 20240423; sections are named by
 //! their numbers.
 //!
-//! A file that was not closed cleanly has entries in its log that have to be replayed. That changes the file, which is
-//! not done here: it is refused, with what to do.
+//! A file that was not closed cleanly has entries in its log that have to be replayed: in memory, since files are only read
+//! here ([`log`]).
 
+mod log;
 mod metadata;
 
 use vbd_image::ReadAt;
@@ -52,7 +53,14 @@ impl Vhdx {
         if source.fill_at(0, &mut mark)? < 8 || mark != *MARK {
             return Err(FormatError::Not(Format::Vhdx));
         }
-        check_header(source)?;
+        let changes = check_header(source, len)?;
+        let vhdx = Self::tables(&log::Replayed { source, changes: &changes }, len)?;
+        vhdx.check_content(&changes)?;
+        Ok(vhdx)
+    }
+
+    /// Reads the tables of a file whose log was replayed.
+    fn tables(source: &impl ReadAt, len: u64) -> Result<Self, FormatError> {
         let regions = region_table(source)?;
         let region = |name: [u8; 16], what| {
             let found = regions.iter().find(|region| region.name == name);
@@ -81,10 +89,28 @@ impl Vhdx {
         let entries = bytes.chunks_exact(8).map(|entry| Fields(entry).u64(0)).collect();
         Ok(Vhdx { size: metadata.size, block_size: metadata.block_size, chunk, entries })
     }
+
+    /// The log is for tables: the disk's content is read past it.
+    fn check_content(&self, changes: &log::Changes) -> Result<(), FormatError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let blocks = self.size.div_ceil(self.block_size);
+        let changed = |block| match self.place(block) {
+            Place::File(at) => changes.touches(at..at.saturating_add(self.block_size)),
+            _ => false,
+        };
+        if (0..blocks).any(changed) {
+            let message = "its log changes the disk's content, and not only tables: open it once with Hyper-V, which \
+                           replays that";
+            return Err(FormatError::Unsupported(message.into()));
+        }
+        Ok(())
+    }
 }
 
-/// Finds the header that is in force, the good one with the higher number (2.2.2), and looks whether the log is empty.
-fn check_header(source: &(impl ReadAt + ?Sized)) -> Result<(), FormatError> {
+/// Finds the header that is in force, the good one with the higher number (2.2.2); gives what its log changes.
+fn check_header(source: &(impl ReadAt + ?Sized), len: u64) -> Result<log::Changes, FormatError> {
     let mut newest: Option<(u64, Vec<u8>)> = None;
     for at in HEADERS {
         let bytes = exactly(source, at, 4096, "the headers")?;
@@ -99,12 +125,15 @@ fn check_header(source: &(impl ReadAt + ?Sized)) -> Result<(), FormatError> {
     if header.u16(66) != 1 {
         return Err(FormatError::value("the version", header.u16(66), "1 is known"));
     }
-    if header.guid(48) != [0; 16] {
-        let message = "it was not closed cleanly, and its log has to be replayed first: open it once with Hyper-V, or say \
-                       `qemu-img check -r all`";
-        return Err(FormatError::Unsupported(message.into()));
+    if header.guid(48) == [0; 16] {
+        return Ok(log::Changes::default());
     }
-    Ok(())
+    log::read(source, &header, len)
+}
+
+/// What the fuzzer calls with the bytes of a log.
+pub(crate) fn fuzz_log(bytes: &[u8]) {
+    log::fuzz(bytes);
 }
 
 /// Whether bytes have their CRC-32C in their second four, counted with zeroes there.
