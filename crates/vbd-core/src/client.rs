@@ -252,10 +252,51 @@ impl Client {
         self.transfer(ask, buffer)
     }
 
+    /// Fills a part of the buffer from the disk.
+    ///
+    /// # Errors
+    /// Those of the request; the part's content is then undefined.
+    ///
+    /// # Panics
+    /// The buffer has no such part.
+    pub fn read_part(&self, offset: u64, buffer: &mut Buffer, part: Range<usize>) -> Result<()> {
+        self.transfer_part(Operation::Read, offset, buffer, part)
+    }
+
+    /// Writes a part of the buffer to the disk.
+    ///
+    /// # Errors
+    /// Those of the request.
+    ///
+    /// # Panics
+    /// The buffer has no such part.
+    pub fn write_part(&self, offset: u64, buffer: &mut Buffer, part: Range<usize>) -> Result<()> {
+        self.transfer_part(Operation::Write, offset, buffer, part)
+    }
+
+    fn transfer_part(
+        &self,
+        operation: Operation,
+        offset: u64,
+        buffer: &mut Buffer,
+        part: Range<usize>,
+    ) -> Result<()> {
+        assert!(part.start <= part.end && part.end <= buffer.len, "a part of the buffer");
+        let ask = Ask::new(operation, offset, part.len() as u64);
+        self.lend(buffer, |lent| {
+            let answer = self.post(ask, Some((lent.memory.clone(), part)));
+            Pending { answer, ask, buffer: Some(lent), shared: None }
+        })
+    }
+
     fn transfer(&self, ask: Ask, buffer: &mut Buffer) -> Result<()> {
+        self.lend(buffer, |lent| self.start(ask, Some(lent)))
+    }
+
+    fn lend(&self, buffer: &mut Buffer, start: impl FnOnce(Buffer) -> Pending) -> Result<()> {
         let len = buffer.len;
         let lent = std::mem::replace(buffer, Buffer { memory: Arc::new(Memory::new(0)), len: 0 });
-        let (back, result) = self.start(ask, Some(lent)).wait();
+        let (back, result) = start(lent).wait();
         *buffer = back.unwrap_or_else(|| Buffer::new(len));
         result.map(|_| ())
     }

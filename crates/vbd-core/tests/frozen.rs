@@ -86,8 +86,13 @@ fn whole(store: Arc<Backend>) -> Freeze<'static> {
         widen: 0,
         store,
         limit: u64::MAX,
+        memory: 1 << 20,
         longest_delay: Duration::from_secs(30),
     }
+}
+
+fn block_of(round: u64) -> u64 {
+    [BLOCK, 4096][usize::try_from(round / 2 % 2).expect("small")]
 }
 
 /// Reads what is wanted into `image`, in an order of its own, and lets go of it.
@@ -176,6 +181,9 @@ fn full_and_incremental_backups_are_as_after_one_write_of_a_chain() {
                     since: (round > 0).then_some(&*since),
                     retire: round % 2 == 1,
                     start: Some((&start, BLOCK, false)),
+                    // In blocks as small as they are, and hardly any of it in memory.
+                    block: block_of(round),
+                    memory: [0, 1 << 20, 64 << 20][usize::try_from(round % 3).expect("small")],
                     ..whole(store(dir.path(), None))
                 };
                 let (frozen, retired) = Frozen::new(&session, &freeze).expect("frozen");
@@ -241,7 +249,12 @@ fn writes_at_once_and_zeroes_are_each_before_or_after() {
         let mut images = Vec::new();
         for seed in 0..5 {
             std::thread::sleep(Duration::from_millis(10));
-            let (frozen, _) = Frozen::new(&session, &whole(store(dir.path(), None))).expect("frozen");
+            let freeze = Freeze {
+                block: block_of(seed * 2),
+                memory: (seed % 2) << 20,
+                ..whole(store(dir.path(), None))
+            };
+            let (frozen, _) = Frozen::new(&session, &freeze).expect("frozen");
             let mut image = vec![0; usize::try_from(SIZE).expect("small")];
             copy(&frozen, &reactor, &mut image, seed);
             images.push(image);
@@ -299,8 +312,8 @@ fn old_bytes_that_cannot_be_saved_fail_the_backup_alone() {
     let (_, message) = fails(&session, &limit, Ask::write(BLOCK, vec![8; 2 * 65536]));
     assert!(message.contains("more than 65536 bytes"), "{message}");
     let no_room = |op: &Op| matches!(op, Op::Write { .. }).then_some(Fault::Fail(libc::ENOSPC));
-    let full = whole(store(dir.path(), Some(Arc::new(no_room))));
-    let (_, message) = fails(&session, &full, Ask::new(Operation::WriteZeroes, 0, 512));
+    let full = Freeze { memory: 0, ..whole(store(dir.path(), Some(Arc::new(no_room)))) };
+    let (_, message) = fails(&session, &full, Ask::write(0, vec![8; 2 << 20]));
     assert!(message.contains("No space"), "{message}");
     let broken = Rule { times: 1, ..Rule::always(Operation::Read, Action::Fail(ErrorKind::Io)) };
     let disk = Filtered::new(on_file(dir.path(), Options::default()), Inject::new(vec![broken]));

@@ -15,7 +15,7 @@ use vbd_image::sidecar::Sidecar;
 use vbd_jobs::backup::{Backup, Done, Since, Store, Use, backup, restore, verify};
 use vbd_jobs::{Error, Progress, Silent};
 use vbd_ring::{Reactor, Settings};
-use vbd_testing::Random;
+use vbd_testing::{Failing, Random, with_failing};
 
 const MIB: u64 = 1 << 20;
 /// Not a whole number of chunks.
@@ -254,6 +254,49 @@ fn what_no_backup_needs_is_taken_away_and_nothing_else() {
     fs::create_dir(&other).unwrap();
     fs::write(other.join("file"), "").unwrap();
     assert!(Store::open_or_create(&other).is_err(), "not a place for a store");
+}
+
+/// Errors of the filesystem that the store is on, at a chunk and at the manifest.
+#[test]
+fn a_store_that_fails_keeps_the_backups_before_and_their_bitmap() {
+    let bench = Bench::new();
+    // Without a file for bitmaps, which would fail first.
+    let disk = Tracked::new(Raw::new(RawOptions::new(bench.image())), None);
+    let session = disk.open().unwrap();
+    let client = Client::new(&bench.reactor.handle(), session.clone()).unwrap();
+    let store = bench.store();
+    let random = |seed| {
+        let mut random = Random::new(seed);
+        (0..65536).map(|_| u8::try_from(random.below(256)).unwrap()).collect::<Vec<_>>()
+    };
+    (0..5).for_each(|at| client.write_at(at * MIB, &random(at)).unwrap());
+    take(&session, &store, &named("one", Since::Beginning)).unwrap();
+    let first = fs::read(bench.image()).unwrap();
+    (0..5).for_each(|at| client.write_at(at * MIB, &random(10 + at)).unwrap());
+    let before = files(store.path());
+    let calls: [(&[Failing], &str); 5] = [
+        // A chunk; a chunk's durability; its name; the manifest's durability; its name.
+        (&[Failing::long_writes(65536, libc::ENOSPC)], "write it"),
+        (&[Failing::every(libc::SYS_syncfs, libc::EIO)], "make it durable"),
+        (&[Failing::every(libc::SYS_rename, libc::ENOSPC)], "give this chunk its name"),
+        (&Failing::flushes(libc::EIO), "write it"),
+        (&[Failing::every(libc::SYS_rename, libc::ENOSPC)], "write it"),
+    ];
+    for (calls, doing) in calls {
+        let what = named("two", Since::Last);
+        let error = with_failing(calls, || take(&session, &store, &what)).unwrap_err().to_string();
+        assert!(error.contains(doing), "{calls:?}: {error}");
+        assert_eq!(bitmaps(&client), [store.bitmap_name("one")], "{calls:?}");
+        assert_eq!(store.list(None).unwrap().len(), 1, "{calls:?}");
+        assert!(bench.restored("one") == first);
+        // Chunks may have their names by then: they are whole, and of use to the next.
+        let more = files(store.path()) - before;
+        assert!(more == 0 || more == 5, "{more} files are left");
+    }
+    let done = take(&session, &store, &named("two", Since::Last)).unwrap();
+    assert_eq!(done.read, 4 * MIB + MIB, "the bitmap has gone on");
+    assert!(bench.restored("two") == fs::read(bench.image()).unwrap());
+    assert!(bench.restored("one") == first);
 }
 
 /// Two guests' queues write a chain, each write after the one before has ended. Every restored image is as after one.

@@ -29,6 +29,12 @@ impl Failing {
         Failing { call: libc::SYS_pwrite64, values: Some((3, range.start, range.end)), error }
     }
 
+    /// Writes in order (write(2)) of at least so many bytes fail: more than 8, or reactors could not be woken.
+    #[must_use]
+    pub fn long_writes(bytes: u64, error: i32) -> Failing {
+        Failing { call: libc::SYS_write, values: Some((2, bytes, u64::MAX)), error }
+    }
+
     /// Flushes fail (fsync(2) and fdatasync(2)).
     #[must_use]
     pub fn flushes(error: i32) -> [Failing; 2] {

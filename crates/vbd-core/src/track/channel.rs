@@ -58,6 +58,8 @@ pub(super) struct TrackChannel {
     /// Keeps the bitmaps from being put away.
     _session: Arc<dyn Session>,
     generation: Cell<u64>,
+    /// A backup wants to know how busy guests are.
+    watched: Cell<bool>,
     current: RefCell<Current>,
 }
 
@@ -76,6 +78,7 @@ impl TrackChannel {
             local: local.clone(),
             _session: session,
             generation: Cell::new(generation),
+            watched: Cell::new(current.config.preserve.is_some()),
             current: RefCell::new(current),
         });
         CHANNELS.with_borrow_mut(|list| list.push(Rc::downgrade(&channel)));
@@ -103,6 +106,13 @@ impl TrackChannel {
         });
     }
 
+    #[cold]
+    fn count(&self) {
+        if let Some(preserve) = &self.current.borrow().config.preserve {
+            preserve.count_request();
+        }
+    }
+
     /// Takes over the configuration that counts.
     #[cold]
     fn refresh(&self) {
@@ -111,6 +121,7 @@ impl TrackChannel {
         }
         let (generation, current) = now(&self.track, &self.local);
         self.generation.set(generation);
+        self.watched.set(current.config.preserve.is_some());
         // The last one before lets go: after the borrow, since it takes a lock of its own.
         let before = self.current.replace(current);
         drop(before);
@@ -130,6 +141,9 @@ fn now(track: &Track, local: &Local) -> (u64, Current) {
 impl Channel for TrackChannel {
     #[inline]
     fn submit(self: Rc<Self>, mut request: Request) {
+        if self.watched.get() {
+            self.count();
+        }
         if request.operation.is_write() {
             if self.generation.get() != self.track.generation.load(Ordering::Acquire) {
                 self.refresh();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vbd_ring::Local;
 
+use super::aside::Aside;
 use super::preserve::Preserve;
 use super::{Named, Track, TrackError, check_new, position};
 use crate::ask::Pending;
@@ -25,10 +26,12 @@ pub struct Freeze<'a> {
     pub block: u64,
     /// What is wanted is widened to whole multiples of this many bytes, for readers that take no less.
     pub widen: u64,
-    /// A file of the disk's size at least that reads as zeroes, for what is copied away.
+    /// A file of [`Frozen::store_size`] bytes at least, for what is copied away and does not stay in memory.
     pub store: Arc<Backend>,
-    /// The most bytes that may lie in the store.
+    /// The most bytes that are copied away and still needed.
     pub limit: u64,
+    /// Bytes of memory that what is copied away may take: beyond half of it, it goes to the store.
+    pub memory: u64,
     /// The longest that a write of a guest may be held up; for long ones, for each 16 MiB. After that the frozen disk
     /// fails, and the guest goes on.
     pub longest_delay: Duration,
@@ -67,14 +70,15 @@ impl Frozen {
             Error::new(kind, error.to_string())
         };
         let todo = Bitmap::new(geometry.size, freeze.block).map_err(|error| failed(error.into()))?;
-        if freeze.store.size() < geometry.size {
+        if freeze.store.size() < Self::store_size(geometry.size, freeze.block) {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 "the file for what is overwritten is smaller than the disk",
             ));
         }
-        let preserve =
-            Arc::new(Preserve::new(geometry.size, freeze.store.clone(), freeze.limit, freeze.longest_delay));
+        let aside = Aside::new(freeze.block, freeze.memory);
+        let (store, limit, delay) = (freeze.store.clone(), freeze.limit, freeze.longest_delay);
+        let preserve = Arc::new(Preserve::new(geometry.size, store, aside, limit, delay));
         let mut old = None;
         track.state().take_on(&preserve).map_err(failed)?;
         let changed = track.change_locked(&changing, |size, named| {
@@ -126,6 +130,16 @@ impl Frozen {
         };
         frozen.preserve.begin(todo)?;
         Ok((Arc::new(frozen), old.filter(|_| freeze.retire)))
+    }
+
+    /// How long the [store](Freeze::store) has to be for a disk of `size` bytes that is copied away in blocks of `block`.
+    pub fn store_size(size: u64, block: u64) -> u64 {
+        Aside::most(block, size)
+    }
+
+    /// How many requests guests have made since the instant: where this stands still, nobody is waiting.
+    pub fn requests(&self) -> u64 {
+        self.preserve.requests()
     }
 
     /// The blocks that are wanted.

@@ -12,6 +12,7 @@
 //! holds a ticket until it ends, and what was marked or is on the disk is looked at only when the last of them is gone.
 //! Guests do not wait for that, except for those that want to overwrite what a backup still needs.
 
+mod aside;
 mod channel;
 mod disk;
 mod frozen;

@@ -14,9 +14,10 @@ use vbd_ring::Local;
 use crate::ask::{Ask, ask};
 use crate::bitmap::Bitmap;
 use crate::file::Backend;
-use crate::memory::Buffer;
 use crate::range_lock::RangeLocks;
-use crate::{Channel, Error, ErrorKind, ExtentKind, Operation, Request, Result};
+use crate::{Channel, Error, ErrorKind, Extent, ExtentKind, Operation, Request, Result};
+
+use super::aside::{Aside, Found};
 
 /// The most that is copied at once, in bytes: a power of two. What a request is longer waits step by step.
 const STEP: u64 = 1 << 20;
@@ -35,9 +36,12 @@ pub(super) struct Wanted {
 pub(super) struct Preserve {
     pub(super) size: u64,
     store: Arc<Backend>,
-    /// The most bytes in the store.
+    aside: Arc<Aside>,
+    /// The most bytes that are copied away and still needed.
     limit: u64,
     kept_bytes: AtomicU64,
+    /// What guests have asked since the instant.
+    requests: AtomicU64,
     longest_delay: Duration,
     locks: Arc<RangeLocks>,
     /// Known when the writes from before the instant have ended.
@@ -49,12 +53,20 @@ pub(super) struct Preserve {
 
 impl Preserve {
     /// Nothing may be overwritten until [`begin`](Self::begin).
-    pub(super) fn new(size: u64, store: Arc<Backend>, limit: u64, longest_delay: Duration) -> Self {
+    pub(super) fn new(
+        size: u64,
+        store: Arc<Backend>,
+        aside: Arc<Aside>,
+        limit: u64,
+        longest_delay: Duration,
+    ) -> Self {
         Preserve {
             size,
             store,
+            aside,
             limit,
             kept_bytes: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
             longest_delay,
             locks: Arc::default(),
             wanted: OnceLock::new(),
@@ -77,6 +89,7 @@ impl Preserve {
     pub(super) fn end(&self) {
         self.over.store(true, Ordering::SeqCst);
         self.wake();
+        self.aside.end();
     }
 
     /// The backup has failed, and guests go on; the first reason counts.
@@ -109,6 +122,29 @@ impl Preserve {
     /// A way to the store.
     pub(super) fn store(&self, local: &Local) -> Rc<dyn Channel> {
         self.store.clone().channel(local, Arc::new(()))
+    }
+
+    /// A guest has asked for something.
+    pub(super) fn count_request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How much guests have asked for since the instant.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Where memory for what is copied away runs short, has some of it written to the store.
+    pub(super) fn make_room(self: &Arc<Self>, store: &Rc<dyn Channel>, local: &Local) {
+        if !self.aside.is_short() {
+            return;
+        }
+        let (this, store, inside) = (self.clone(), store.clone(), local.clone());
+        local.spawn(async move {
+            if let Err(error) = this.aside.spill(&store, &inside).await {
+                this.fail(format!("what was overwritten cannot be kept: {error}"));
+            }
+        });
     }
 
     /// Bytes in the store now.
@@ -155,7 +191,7 @@ impl Preserve {
     /// Copies away what a write to this range would destroy, for as long as a guest may be made to wait; after that the
     /// backup has failed. The write may then be done in any case.
     pub(super) async fn before(
-        &self,
+        self: &Arc<Self>,
         disk: &Rc<dyn Channel>,
         store: &Rc<dyn Channel>,
         local: &Local,
@@ -181,7 +217,7 @@ impl Preserve {
     }
 
     async fn copy_away(
-        &self,
+        self: &Arc<Self>,
         disk: &Rc<dyn Channel>,
         store: &Rc<dyn Channel>,
         local: &Local,
@@ -208,7 +244,7 @@ impl Preserve {
 
     /// Copies blocks away; whoever calls has them locked.
     async fn copy_part(
-        &self,
+        self: &Arc<Self>,
         wanted: &Wanted,
         disk: &Rc<dyn Channel>,
         store: &Rc<dyn Channel>,
@@ -226,20 +262,26 @@ impl Preserve {
                 return Ok(());
             }
         }
-        if self.kept_bytes.fetch_add(len, Ordering::Relaxed) + len > self.limit {
+        let block = wanted.todo.granularity();
+        // The disk's last block takes a whole slot, too.
+        let taken = len.next_multiple_of(block);
+        if self.kept_bytes.fetch_add(taken, Ordering::Relaxed) + taken > self.limit {
             let message = format!(
                 "more than {} bytes were overwritten before they could be saved; allow more",
                 self.limit
             );
             return Err(Error::new(ErrorKind::NoSpace, message));
         }
-        let buffer = Arc::new(Buffer::new(usize::try_from(len).unwrap_or(usize::MAX)));
-        for (channel, operation) in [(disk, Operation::Read), (store, Operation::Write)] {
-            let transfer = Ask::transfer(operation, part.start, vec![buffer.whole()], Some(buffer.clone()));
-            ask(channel, transfer, local.now()).await?;
-        }
-        wanted.kept.mark(part.start, len);
-        wanted.todo.unmark(part.start, len);
+        self.make_room(store, local);
+        let room = self.aside.room(taken / block).await?;
+        let (memory, guard) = room.memory();
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let (memory, _) = crate::memory::slice(&memory, 0, len, usize::MAX);
+        ask(disk, Ask::transfer(Operation::Read, part.start, memory, Some(guard)), local.now()).await?;
+        room.filled(part.start);
+        wanted.kept.mark(part.start, part.end - part.start);
+        wanted.todo.unmark(part.start, part.end - part.start);
+        self.make_room(store, local);
         Ok(())
     }
 
@@ -247,7 +289,7 @@ impl Preserve {
     fn part(&self, wanted: &Wanted, range: Range<u64>) -> (Place, u64) {
         let starts = |bitmap: &Bitmap| bitmap.next_run(range.clone()).filter(|run| run.start == range.start);
         if let Some(run) = starts(&wanted.kept) {
-            return (Place::Store, run.end - run.start);
+            return (Place::Aside, run.end - run.start);
         }
         if let Some(run) = starts(&wanted.todo) {
             return (Place::Disk, run.end - run.start);
@@ -270,40 +312,112 @@ impl Preserve {
             return Err(Error::new(ErrorKind::OutOfRange, format!("the disk ended at {}", self.size)));
         };
         let _alone = self.locks.lock(self.blocks(wanted, request.offset..end)).await;
-        let mut at = request.offset;
+        match request.operation {
+            Operation::Extents => self.tell(wanted, disk, local, request, end).await?,
+            _ => self.fetch(wanted, disk, store, local, request, end).await?,
+        }
+        // Where it has failed meanwhile, a guest may have been let through.
+        self.check()
+    }
+
+    /// What the start of a range consists of; it is locked.
+    async fn tell(
+        &self,
+        wanted: &Wanted,
+        disk: &Rc<dyn Channel>,
+        local: &Local,
+        request: &mut Request,
+        end: u64,
+    ) -> Result<()> {
+        let at = request.offset;
+        if at >= end {
+            return Ok(());
+        }
+        let (place, len) = self.part(wanted, at..end);
+        request.extents = match place {
+            Place::Disk => ask(disk, Ask::new(Operation::Extents, at, len), local.now()).await?,
+            Place::Gone => vec![Extent { len, kind: ExtentKind::Data }],
+            Place::Aside => {
+                let block = wanted.todo.granularity();
+                let is_hole = |at| matches!(self.aside.find(at), Found::Zeroes);
+                let (hole, mut stop) = (is_hole(at), (at / block + 1) * block);
+                while stop < at + len && is_hole(stop) == hole {
+                    stop += block;
+                }
+                let kind = if hole { ExtentKind::Hole } else { ExtentKind::Data };
+                vec![Extent { len: stop.min(at + len) - at, kind }]
+            }
+        };
+        // The disk may have told more than it was asked.
+        let mut left = len;
+        for extent in &mut request.extents {
+            extent.len = extent.len.min(left);
+            left -= extent.len;
+        }
+        Ok(())
+    }
+
+    /// Reads a range as it was; it is locked.
+    async fn fetch(
+        &self,
+        wanted: &Wanted,
+        disk: &Rc<dyn Channel>,
+        store: &Rc<dyn Channel>,
+        local: &Local,
+        request: &mut Request,
+        end: u64,
+    ) -> Result<()> {
+        let start = request.offset;
+        let (mut aside, mut on_disk, mut at) = (Vec::new(), None, start);
         while at < end {
             let (place, len) = self.part(wanted, at..end);
-            let channel = match place {
-                Place::Store => store,
-                Place::Disk => disk,
-                Place::Gone if request.operation == Operation::Extents => {
-                    request.extents.push(crate::Extent { len, kind: ExtentKind::Data });
-                    break;
-                }
+            match place {
+                Place::Aside => aside.push(at..at + len),
+                Place::Disk => on_disk = Some((on_disk.map_or(at, |(first, _)| first), at + len)),
                 Place::Gone => {
                     let message = format!("{len} bytes at {at} are not part of this backup, or were let go");
                     return Err(Error::new(ErrorKind::Unsupported, message));
                 }
-            };
-            if request.operation == Operation::Extents {
-                request.extents = ask(channel, Ask::new(Operation::Extents, at, len), local.now()).await?;
-                // The disk may have told more than it was asked.
-                let mut left = len;
-                for extent in &mut request.extents {
-                    extent.len = extent.len.min(left);
-                    left -= extent.len;
-                }
-                break;
             }
-            let (skip, most) = (usize::try_from(at - request.offset), usize::try_from(len));
-            let (skip, most) = (skip.unwrap_or(usize::MAX), most.unwrap_or(usize::MAX));
-            let (pieces, _) = crate::memory::slice(&request.memory, skip, most, usize::MAX);
-            let read = Ask::transfer(Operation::Read, at, pieces, request.guard.clone());
-            ask(channel, read, local.now()).await?;
             at += len;
         }
-        // Where it has failed meanwhile, a guest may have been let through.
-        self.check()
+        // At once, with what was overwritten in between: that is put right afterwards.
+        if let Some((first, last)) = on_disk {
+            let pieces = part_of(request, first, last - first);
+            let read = Ask::transfer(Operation::Read, first, pieces, request.guard.clone());
+            ask(disk, read, local.now()).await?;
+        }
+        let block = wanted.todo.granularity();
+        for run in aside {
+            let mut at = run.start;
+            while at < run.end {
+                let mut stop = ((at / block + 1) * block).min(run.end);
+                let skip = usize::try_from(at - start).unwrap_or(usize::MAX);
+                let bytes = |stop| usize::try_from(stop - at).unwrap_or(usize::MAX);
+                match self.aside.find(at) {
+                    // SAFETY: the request's pieces are valid until it is completed, which is not before this returns.
+                    Found::Zeroes => unsafe { crate::memory::zero(&request.memory, skip, bytes(stop)) },
+                    Found::Memory(memory, from) => {
+                        let flat = memory.piece(from, bytes(stop));
+                        // SAFETY: the same; and the buffer is held.
+                        unsafe { crate::memory::copy(flat, &request.memory, skip, true) };
+                    }
+                    Found::File(from) => {
+                        // Neighbours were often overwritten one after the other.
+                        while stop < run.end
+                            && matches!(self.aside.find(stop), Found::File(next) if next.checked_sub(from) == Some(stop - at))
+                        {
+                            stop = (stop + block).min(run.end);
+                        }
+                        let pieces = part_of(request, at, stop - at);
+                        let read = Ask::transfer(Operation::Read, from, pieces, request.guard.clone());
+                        ask(store, read, local.now()).await?;
+                    }
+                }
+                at = stop;
+            }
+        }
+        Ok(())
     }
 
     /// The whole blocks of a range are not needed any more.
@@ -318,22 +432,26 @@ impl Preserve {
         }
         let _alone = self.locks.lock(start..end).await;
         wanted.todo.unmark(start, end - start);
-        let kept: Vec<_> = wanted.kept.runs(start..end).collect();
-        for run in kept {
-            let len = run.end - run.start;
-            wanted.kept.unmark(run.start, len);
-            // Advice: where it is not taken, the store is as large as what was overwritten.
-            if ask(store, Ask::new(Operation::Discard, run.start, len), local.now()).await.is_ok() {
-                let less = |kept: u64| Some(kept.saturating_sub(len));
-                let _ = self.kept_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-            }
+        wanted.kept.unmark(start, end - start);
+        let (bytes, empty) = self.aside.forget(start..end);
+        self.kept_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        for part in empty {
+            // Advice: where it is not taken, the file is as large as what was overwritten.
+            let discard = Ask::new(Operation::Discard, part.start, part.end - part.start);
+            let _ = ask(store, discard, local.now()).await;
         }
     }
 }
 
+/// The pieces of a request's memory for a part of its range.
+fn part_of(request: &Request, offset: u64, len: u64) -> Vec<vbd_ring::IoVec> {
+    let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    crate::memory::slice(&request.memory, bytes(offset - request.offset), bytes(len), usize::MAX).0
+}
+
 /// Where a block's content at the instant is.
 enum Place {
-    Store,
+    Aside,
     Disk,
     Gone,
 }

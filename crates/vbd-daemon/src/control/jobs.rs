@@ -45,7 +45,7 @@ pub struct JobInfo {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewBackup {
-    /// The store's directory: an absolute path.
+    /// The directory of the store, or of the chains: an absolute path.
     pub store: PathBuf,
     /// The disk's name in the store; its own if left out.
     pub disk: Option<String>,
@@ -67,6 +67,8 @@ pub struct NewBackup {
     pub max_kept: Option<u64>,
     /// Threads that read and compress.
     pub threads: Option<usize>,
+    /// Make images that stand on each other instead of chunks: a full one in this format, `raw` or `qcow2`.
+    pub chain: Option<String>,
 }
 
 /// A bitmap of a disk.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use vbd_core::Session;
 use vbd_core::bitmap::DEFAULT_GRANULARITY;
 use vbd_core::track::{Track, TrackError};
-use vbd_jobs::backup::{self, Backup, Cost, Since, Store};
+use vbd_formats::Format;
+use vbd_jobs::backup::{self, Backup, Chain, Cost, Since, Store};
 
 use super::Supervisor;
 use crate::control::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
@@ -81,11 +82,11 @@ pub fn back_up(
     asked: &NewBackup,
     progress: &dyn vbd_jobs::Progress,
 ) -> Result<backup::Done, vbd_jobs::Error> {
-    let store = Store::open_or_create(&asked.store)?;
     let defaults = Backup::new(asked.disk.as_deref().unwrap_or(name));
     let cost = Cost {
         longest_delay: asked.max_delay_ms.map_or(defaults.cost.longest_delay, Duration::from_millis),
         most_kept: asked.max_kept.unwrap_or(defaults.cost.most_kept),
+        memory: defaults.cost.memory,
         threads: asked.threads.unwrap_or(defaults.cost.threads).clamp(1, 64),
     };
     let backup = Backup {
@@ -100,7 +101,20 @@ pub fn back_up(
         cost,
         ..defaults
     };
-    backup::backup(session, &store, &backup, progress)
+    let chain = match &asked.chain {
+        Some(format) => Some(format.parse().map_err(|_| {
+            vbd_jobs::Error::Refused(format!("`{format}`: a backup is a raw or a qcow2 image"))
+        })?),
+        // It has been said once.
+        None => Chain::is_one(&asked.store).then_some(Format::Qcow2),
+    };
+    match chain {
+        Some(format) => {
+            let chain = Chain::open_or_create(&asked.store)?;
+            backup::backup_to_chain(session, &chain, format, &backup, progress)
+        }
+        None => backup::backup(session, &Store::open_or_create(&asked.store)?, &backup, progress),
+    }
 }
 
 impl Supervisor {

@@ -24,6 +24,8 @@ pub struct Hash(pub [u8; 32]);
 impl Hash {
     /// Stands for a chunk of zeroes, which is not stored.
     pub const ZEROES: Hash = Hash([0; 32]);
+    /// Stands for a part of a disk that an image of a chain leaves to the one before.
+    pub const ELSEWHERE: Hash = Hash([0xff; 32]);
 
     /// That of these bytes.
     pub fn of(bytes: &[u8]) -> Hash {
@@ -58,6 +60,18 @@ pub struct About {
     pub read: u64,
     /// Bytes that were new to the store, compressed.
     pub stored: u64,
+    /// The image that holds it, where it is not in chunks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<StoredImage>,
+}
+
+/// An image of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredImage {
+    /// Its name, beside the manifest.
+    pub file: String,
+    /// Its format.
+    pub format: String,
 }
 
 impl About {
@@ -225,6 +239,7 @@ mod tests {
             bitmap: Some("b".into()),
             read: 5,
             stored: 6,
+            image: None,
         };
         let chunks = (0..20u8).map(|n| if n % 3 == 0 { Hash::ZEROES } else { Hash::of(&[n]) });
         Manifest { size: (20 << 16) - 512, chunk: 1 << 16, about, chunks: chunks.collect() }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::chain::Chain;
 use super::manifest::{self, About, Hash, Manifest};
 use crate::ranges::lock;
 use crate::{Error, Result};
@@ -74,7 +75,9 @@ impl Store {
         let text = match fs::read(&mark) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let message = format!("{}: holds no backups (there is no {MARK})", path.display());
+                let what =
+                    if Chain::is_one(path) { "is for chains: say --chain" } else { "holds no backups" };
+                let message = format!("{}: {what} (there is no {MARK})", path.display());
                 return Err(Error::Refused(message));
             }
             Err(error) => return Err(Error::io(&mark, "read it")(error)),
@@ -152,15 +155,7 @@ impl Store {
     }
 
     fn manifest_path(&self, disk: &str, name: &str) -> Result<PathBuf> {
-        for part in [disk, name] {
-            if !is_name(part) {
-                let shown = part.escape_debug();
-                let message = format!(
-                    "`{shown}` is no name for a disk or a backup: up to 128 letters, digits, `-`, `_`, `.`, `:` and `@`, and not `.` at the start"
-                );
-                return Err(Error::Refused(message));
-            }
-        }
+        check_names(&[disk, name])?;
         Ok(self.path.join("backups").join(disk).join(format!("{name}.{END}")))
     }
 
@@ -169,20 +164,7 @@ impl Store {
     /// # Errors
     /// The directories cannot be read.
     pub fn list(&self, disk: Option<&str>) -> Result<Vec<Listed>> {
-        let mut list = Vec::new();
-        for path in self.manifests(disk)? {
-            match read(&path).map_err(Error::io(&path, "read it")).and_then(|bytes| {
-                let about = Manifest::about(&bytes);
-                about.map_err(|error| Error::Refused(format!("{}: {error}", path.display())))
-            }) {
-                Ok((size, about)) => list.push(Listed { size, about }),
-                Err(error) => tracing::warn!("{error}"),
-            }
-        }
-        list.sort_by(|a, b| {
-            (a.about.milliseconds, &a.about.name).cmp(&(b.about.milliseconds, &b.about.name))
-        });
-        Ok(list)
+        Ok(listed(&self.manifests(disk)?))
     }
 
     /// The files of all manifests, or of those of a disk.
@@ -379,35 +361,70 @@ impl Drop for Adding<'_> {
     }
 }
 
-fn is_name(name: &str) -> bool {
+/// What these manifests tell, oldest first. What cannot be read is told of in the log.
+pub(super) fn listed(manifests: &[PathBuf]) -> Vec<Listed> {
+    let mut list = Vec::new();
+    for path in manifests {
+        match read(path).map_err(Error::io(path, "read it")).and_then(|bytes| {
+            let about = Manifest::about(&bytes);
+            about.map_err(|error| Error::Refused(format!("{}: {error}", path.display())))
+        }) {
+            Ok((size, about)) => list.push(Listed { size, about }),
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+    list.sort_by(|a, b| (a.about.milliseconds, &a.about.name).cmp(&(b.about.milliseconds, &b.about.name)));
+    list
+}
+
+/// Refuses what is no name for a disk or a backup: files are named after them.
+pub(super) fn check_names(names: &[&str]) -> Result<()> {
+    match names.iter().find(|name| !is_name(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let shown = name.escape_debug();
+            let message = format!(
+                "`{shown}` is no name for a disk or a backup: up to 128 letters, digits, `-`, `_`, `.`, `:` and `@`, and not `.` at the start"
+            );
+            Err(Error::Refused(message))
+        }
+    }
+}
+
+pub(super) fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || "-_.:@".contains(c);
     (1..=128).contains(&name.len()) && !name.starts_with('.') && name.chars().all(good)
 }
 
-fn random_hex() -> io::Result<String> {
+pub(super) fn random_hex() -> io::Result<String> {
     let mut bytes = [0; 8];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
     let list = fs::read_dir(directory).and_then(|list| list.map(|entry| Ok(entry?.path())).collect());
     list.map_err(Error::io(directory, "look into it"))
 }
 
-fn read(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(LONGEST).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
 /// Writes a file that is there as a whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let draft = path.with_extension("new");
-    let mut file = File::create(&draft)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)?;
+    let write = || {
+        let mut file = File::create(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&draft, path)
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&draft);
+    })?;
     File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
 }
 

@@ -18,13 +18,19 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Back a disk up, as it is at one instant, into a store that many backups share; while guests write, if it is served.
 ///
+/// With --chain each backup is an image: the first a full one, those with --incremental qcow2 images over the one before.
+///
 /// With --checkpoint a bitmap begins, so that the next backup with --incremental reads only what has changed.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     target: target::Args,
-    /// The store: a directory, which is made if it is not there
+    /// The store, or the chains: a directory, which is made if it is not there
     store: PathBuf,
+    /// Make an image of each backup, which other programs use as it is: a full one in this format, qcow2 (the default) or
+    /// raw. What a directory holds has to be said once
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    chain: Option<String>,
     /// The disk's name in the store (default: its own)
     #[arg(long, value_name = "NAME")]
     disk_name: Option<String>,
@@ -70,6 +76,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         max_delay_ms: Some(args.max_delay),
         max_kept: args.max_kept.map(Size::bytes),
         threads: args.threads,
+        chain: args.chain,
     };
     let bar = Bar::new(stop_on_signals());
     let done = match args.target.find()? {

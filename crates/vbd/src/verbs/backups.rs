@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use vbd_image::clock::rfc3339;
 use vbd_image::size::Human;
-use vbd_jobs::backup::{Listed, Store, Use, verify};
+use vbd_jobs::backup::{Chain, Listed, Store, Use, verify};
 
 use crate::output::{Table, print, print_json};
 use crate::progress::{Bar, stop_on_signals};
@@ -29,7 +29,7 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Read every chunk that backups need and compare it with its name
+    /// Read every chunk that backups need and compare it with its name; of chains, every part of every image
     Verify {
         /// The store
         store: PathBuf,
@@ -59,7 +59,10 @@ enum Action {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     match args.action {
         Action::List { store, disk, json } => {
-            let list = Store::open(&store, Use::Shared)?.list(disk.as_deref())?;
+            let list = match Chain::is_one(&store) {
+                true => Chain::open(&store)?.list(disk.as_deref())?,
+                false => Store::open(&store, Use::Shared)?.list(disk.as_deref())?,
+            };
             if json {
                 return print_json(&list);
             }
@@ -79,6 +82,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             }
             Ok(print(&table.render(0))?)
         }
+        Action::Verify { store, disk, backup, .. } if Chain::is_one(&store) => {
+            let chain = Chain::open(&store)?;
+            let list = chain.list(disk.as_deref())?.into_iter();
+            let list = list.filter(|one| backup.as_ref().is_none_or(|name| *name == one.about.name));
+            let bar = Bar::new(stop_on_signals());
+            let (mut backups, mut bytes) = (0, 0);
+            for Listed { about, .. } in list {
+                let manifest = chain.manifest(&about.disk, &about.name)?;
+                bytes += chain.verify(&manifest, &bar).inspect_err(|_| bar.clear())?;
+                backups += 1;
+            }
+            bar.clear();
+            if backups == 0 {
+                anyhow::bail!("{}: has no such backup", chain.path().display());
+            }
+            let bytes = Human(bytes);
+            Ok(print(&format!("{backups} backups: {bytes} in images are what they were\n"))?)
+        }
         Action::Verify { store, disk, backup, threads } => {
             let store = Store::open(&store, Use::Shared)?;
             let list = store.list(disk.as_deref())?.into_iter();
@@ -95,6 +116,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             let checked = checked?;
             let (backups, chunks, bytes) = (checked.backups, checked.chunks, Human(checked.bytes));
             Ok(print(&format!("{backups} backups: {chunks} chunks, {bytes}, are what they were\n"))?)
+        }
+        Action::Prune { store, .. } if Chain::is_one(&store) => {
+            anyhow::bail!(
+                "{}: holds chains of images, of which each needs those before it: begin a new one, and remove the old \
+                 images and their .backup files together",
+                store.display()
+            );
         }
         Action::Prune { store, keep, disk } => {
             let store = Store::open(&store, Use::Alone)?;
