@@ -10,8 +10,9 @@ use sd_notify::NotifyState;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
+use vbd_core::Disk;
 
-use crate::config::{Config, prepare_runtime_dir};
+use crate::config::{Config, DiskConfig, prepare_runtime_dir};
 use crate::control::{ControlSocket, DiskInfo, find};
 use crate::service::{self, Listener};
 use crate::{Fault, FaultKind, Supervisor};
@@ -23,6 +24,8 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 pub struct Options {
     /// The disks and bounds.
     pub config: Config,
+    /// Disks that are made already, with their entries of a configuration: their files are not opened.
+    pub made: Vec<(DiskConfig, Arc<dyn Disk>)>,
     /// How reactors run.
     pub reactor: vbd_ring::Settings,
     /// NBD listeners of a service manager, besides those in `config`.
@@ -124,6 +127,7 @@ impl Daemon {
         })?;
         let (supervisor, ready) = Supervisor::start(
             config,
+            options.made,
             options.reactor,
             options.listeners,
             options.incoming,

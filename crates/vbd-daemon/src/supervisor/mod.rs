@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::Notify;
+use vbd_core::Disk;
 
 use crate::config::{Config, DiskConfig, Limits};
 use crate::control::{
@@ -60,6 +61,7 @@ impl Supervisor {
     /// All that is wrong.
     pub(crate) fn start(
         config: Config,
+        made: Vec<(DiskConfig, Arc<dyn Disk>)>,
         settings: vbd_ring::Settings,
         listeners: Vec<Listener>,
         incoming: bool,
@@ -73,6 +75,12 @@ impl Supervisor {
         let mut disks = Vec::new();
         for disk in config.disks {
             match served::open(disk, (!incoming).then_some(patience)) {
+                Ok(disk) => disks.push(disk),
+                Err(fault) => faults.push(fault),
+            }
+        }
+        for (config, disk) in made {
+            match served::made(config, disk) {
                 Ok(disk) => disks.push(disk),
                 Err(fault) => faults.push(fault),
             }

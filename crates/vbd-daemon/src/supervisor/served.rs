@@ -87,6 +87,12 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
     Ok(Opened { config, disk, session })
 }
 
+/// A disk that is made already.
+pub(crate) fn made(config: DiskConfig, disk: Arc<dyn Disk>) -> Result<Opened, Fault> {
+    let session = disk.open().map_err(|error| named(&config, error))?;
+    Ok(Opened { config, disk, session: Some(session) })
+}
+
 fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
     let secret = Secret::from_either(config.key_file.as_deref(), config.key_fd).map_err(|error| {
         vbd_core::Error::new(vbd_core::ErrorKind::Io, error.to_string()).of(config.path.display().to_string())

@@ -2,10 +2,12 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use vbd_daemon::config::Config;
+use vbd_core::Disk;
+use vbd_daemon::config::{Config, DiskConfig};
 use vbd_daemon::control::DiskInfo;
 use vbd_daemon::{Daemon, Listener, xen};
 
@@ -63,7 +65,19 @@ impl From<Engine> for vbd_daemon::EngineKind {
 /// Serves until a signal, or with `until_empty` until the last disk was detached.
 pub(crate) fn serve(
     args: Args,
+    config: Config,
+    listeners: Vec<Listener>,
+    xen: Option<xen::Options>,
+    until_empty: bool,
+) -> anyhow::Result<()> {
+    serve_made(args, config, Vec::new(), listeners, xen, until_empty)
+}
+
+/// The same, and disks that are made already.
+pub(crate) fn serve_made(
+    args: Args,
     mut config: Config,
+    made: Vec<(DiskConfig, Arc<dyn Disk>)>,
     listeners: Vec<Listener>,
     xen: Option<xen::Options>,
     until_empty: bool,
@@ -78,6 +92,7 @@ pub(crate) fn serve(
     };
     let daemon = Daemon::start(vbd_daemon::Options {
         config,
+        made,
         reactor,
         listeners,
         control: args.control,
