@@ -14,6 +14,7 @@ use vbd_qcow2::{
 };
 use vbd_ring::EngineKind;
 use vbd_testing::client::{Ask, Client};
+use vbd_testing::power::{Cut, Expected, Load, Recording, drive};
 use vbd_testing::{Random, qemu, seeds};
 
 const KEY: &str = "a passphrase";
@@ -396,6 +397,44 @@ fn plain(by_qemu: bool) -> Shape {
         data_file: false,
         by_qemu,
         backed: false,
+    }
+}
+
+/// Whatever the storage kept of what was not flushed: nothing is wrong with the image, and what was flushed is there.
+#[test]
+fn the_power_goes_while_an_encrypted_image_is_written_to() {
+    for seed in seeds(4) {
+        let mut random = Random::new(seed);
+        let extended_l2 = seed % 4 == 3;
+        let cluster_bits = if extended_l2 { 16 } else { *random.one_of(&[9, 12, 16]) };
+        let case = Case::new(Shape { size: 1 << 20, cluster_bits, extended_l2, ..plain(false) }, &mut random);
+        let sectors = case.shape.size / 512;
+        let recording = Recording::new();
+        let recorder = recording.file(std::fs::read(&case.path).expect("there"));
+        let mut expected = Expected::new(vec![0; sectors as usize]);
+        let options = Qcow2Options { secret: Some(secret(KEY)), ..case.options() };
+        let session = Qcow2::new(Qcow2Options { faults: Some(recorder), ..options.clone() }).open();
+        let session = session.expect("it opens");
+        let clients =
+            [Client::on_disk(EngineKind::Auto, &session), Client::on_disk(EngineKind::Auto, &session)];
+        let load = Load { requests: 80, ..Load::on(0..sectors) };
+        drive(&clients, &recording, &mut expected, &mut random, &load);
+        drop((clients, session));
+        let lost = case.dir.path().join("lost.qcow2");
+        for point in 0..50 {
+            let at = if point == 0 { recording.now() } else { random.index(recording.now() + 1) };
+            let cut = *random.one_of(&Cut::ALL);
+            let state = format!("seed {seed}, {cut:?} at {at}");
+            std::fs::write(&lost, recording.crash(at, cut, &mut random).remove(0)).expect("room");
+            let report = check(&std::fs::File::open(&lost).unwrap(), &check::Options::default());
+            let report = report.unwrap_or_else(|error| panic!("{state}: {error}"));
+            assert_eq!(report.errors, 0, "{state}: {:?}", report.findings);
+            let disk = Qcow2::new(Qcow2Options { path: lost.clone(), ..options.clone() });
+            let session = disk.open().unwrap_or_else(|error| panic!("{state}: {error}"));
+            let client = Client::on_disk(EngineKind::Auto, &session);
+            let content = client.read(0, case.shape.size);
+            expected.check_cut(&content, at).unwrap_or_else(|wrong| panic!("{state}: {wrong}"));
+        }
     }
 }
 
