@@ -45,7 +45,7 @@ pub fn overlay(file: &File, at: &Path, base: &ImageSpec) -> Result<Arc<dyn Disk>
 /// Opens a file that holds the same bytes as the image `original`, to become another one beside it that is called `at`.
 ///
 /// # Errors
-/// As [`open`]; the original keeps its data in another file, or stands on one that would not be found from `at`.
+/// As [`open()`]; the original keeps its data in another file, or stands on one that would not be found from `at`.
 pub fn open_copy(file: &File, at: &Path, original: &ImageSpec) -> Result<Arc<dyn Disk>> {
     let refused =
         |why: &str| Error::new(ErrorKind::Unsupported, why.to_owned()).of(shown(original.path.as_os_str()));
