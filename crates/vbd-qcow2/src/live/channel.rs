@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
 use vbd_core::memory::zero;
@@ -182,6 +183,33 @@ impl Qcow2Channel {
         }
         let (span, len) = span(layout, table, request.offset, request.len);
         (len == request.len).then_some(span)
+    }
+
+    /// The table that maps an offset, where this channel remembers it: others are asked for nothing then.
+    fn remembered(&self, offset: u64) -> Option<Arc<Table>> {
+        let index = offset >> self.image.layout.l2_span_bits();
+        let tables = self.tables.borrow();
+        let table = tables[bytes(index & (tables.len() as u64 - 1))].as_ref()?;
+        (table.index == index).then(|| table.clone())
+    }
+
+    /// What a range of at most `most` bytes is mapped to, and for how many bytes.
+    pub(super) async fn span(&self, l1: &L1, offset: u64, most: u64) -> Result<(Span, u64)> {
+        match self.remembered(offset) {
+            Some(table) if !table.suspect => Ok(span(&self.image.layout, &table, offset, most)),
+            _ => self.image.span(&self.io, l1, offset, most).await,
+        }
+    }
+
+    /// The table that maps an offset, made or moved so that it may be changed.
+    pub(super) async fn own_table(&self, l1: &L1, offset: u64) -> Result<Arc<Table>> {
+        let index = offset >> self.image.layout.l2_span_bits();
+        match self.remembered(offset) {
+            Some(table) if l1.get(index).copied() && self.image.log_started.load(Ordering::Acquire) => {
+                Ok(table)
+            }
+            _ => self.image.own_table(&self.io, l1, offset).await,
+        }
     }
 
     /// Passes a request on to `target`, where its range begins at `offset`.

@@ -4,6 +4,7 @@
 //! the other, and the second goes in place. Data is written before the entry that leads to it is set, so a reader sees
 //! what was there before or what is there now. What is written in place takes no lock.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use vbd_core::{Guard, IoVec, Operation, Request, Result};
 use super::channel::Qcow2Channel;
 use super::counts::Run;
 use super::image::Image;
-use super::io::{Part, all, bytes};
+use super::io::{Part, all, bytes, together};
 use super::map::{Entry, Span, Table, index_of, span};
 use super::read::Target;
 use crate::format::{Cluster, L2Entry, Subclusters};
@@ -50,6 +51,23 @@ impl Drop for Unpublished<'_> {
             self.image.pending().orphans.extend(run.start..run.start + run.count);
         }
     }
+}
+
+/// Memory, and what keeps it.
+type Piece = (Arc<Buffer>, IoVec);
+
+/// Data of so many bytes is read with what lies on both sides of it, so that one read does. It is not used.
+const MOST_BETWEEN: u64 = 16 << 10;
+
+/// What lies beside data that is written to a new cluster.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// Nothing, or zeroes where those are there.
+    Nothing,
+    /// Zeroes, which have to be written.
+    Zeroes,
+    /// What has to be read from where it is now.
+    Content,
 }
 
 /// A part of a disk that is written with what lies beside it in its clusters.
@@ -95,7 +113,7 @@ impl Qcow2Channel {
     ) -> Result<()> {
         let (l1, mut done) = (self.l1(), 0);
         while done < len {
-            let (span, part) = self.image.span(&self.io, &l1, offset + done, len - done).await?;
+            let (span, part) = self.span(&l1, offset + done, len - done).await?;
             match span {
                 Span::Data { host, owned: true } => {
                     let (memory, guard) = (source.part(done, part), source.guard.clone());
@@ -146,7 +164,7 @@ impl Qcow2Channel {
         let (first, last) = (offset >> bits, (end - 1) >> bits);
         let _turn = image.clusters.lock(first..last + 1).await;
         image.check_writable()?;
-        let table = image.own_table(&self.io, &l1, offset).await?;
+        let table = self.own_table(&l1, offset).await?;
         let index = index_of(layout, offset);
         if to == Where::Below {
             let (span, len) = image.span(&self.io, &l1, offset, end - offset).await?;
@@ -249,42 +267,72 @@ impl Qcow2Channel {
 
     /// Writes the data of a plan and what is missing beside it, at once.
     async fn write_plan(&self, plan: &Plan, source: &Target, skip: u64) -> Result<()> {
-        let size = self.image.size();
-        let head = self.beside(plan.from, plan.begin, plan.zeroed, size).await?;
-        let tail = self.beside(plan.stop, plan.to, plan.zeroed, size).await?;
-        let mut memory: Vec<IoVec> = head.iter().map(|buffer| buffer.whole()).collect();
+        let (head, tail) = self.sides(plan).await?;
+        let mut memory: Vec<IoVec> = head.iter().map(|(_, piece)| *piece).collect();
         memory.extend(source.part(skip, plan.stop - plan.begin));
-        memory.extend(tail.iter().map(|buffer| buffer.whole()));
+        memory.extend(tail.iter().map(|(_, piece)| *piece));
         let skipped = if head.is_some() { 0 } else { plan.begin - plan.from };
-        let guard: Guard = Arc::new((source.guard.clone(), head, tail));
+        let buffer = |side: Option<Piece>| side.map(|(buffer, _)| buffer);
+        let guard: Guard = Arc::new((source.guard.clone(), buffer(head), buffer(tail)));
         self.io.transfer(&self.io.data, Operation::Write, plan.host + skipped, memory, Some(guard)).await
     }
 
-    /// What a range holds now, where it has to be written: not where it is zeroes and those are there.
-    async fn beside(&self, from: u64, to: u64, zeroed: bool, size: u64) -> Result<Option<Arc<Buffer>>> {
-        if from == to {
-            return Ok(None);
+    /// What lies before and behind the data of a plan, where it has to be written.
+    async fn sides(&self, plan: &Plan) -> Result<(Option<Piece>, Option<Piece>)> {
+        let (before, behind) = (plan.from..plan.begin, plan.stop..plan.to);
+        let head = self.side(&before, plan.zeroed).await?;
+        let tail = self.side(&behind, plan.zeroed).await?;
+        let both = head == Side::Content && tail == Side::Content;
+        if both && plan.stop - plan.begin <= MOST_BETWEEN {
+            // One read, with what is between, costs less than two.
+            let (buffer, _) = self.held(plan.from..plan.to, true).await?;
+            let (split, last) = (bytes(plan.begin - plan.from), bytes(plan.stop - plan.from));
+            let (head, tail) = (buffer.piece(0, split), buffer.piece(last, buffer.len() - last));
+            return Ok((Some((buffer.clone(), head)), Some((buffer, tail))));
+        }
+        let (mut found, mut other) = (None, None);
+        let held = async |side: Side, range: Range<u64>, found: &mut Option<Piece>| {
+            if side != Side::Nothing {
+                *found = Some(self.held(range, side == Side::Content).await?);
+            }
+            Ok(())
+        };
+        together(vec![held(head, before, &mut found), held(tail, behind, &mut other)]).await?;
+        Ok((found, other))
+    }
+
+    /// What of a range beside data is to be written.
+    async fn side(&self, range: &Range<u64>, zeroed: bool) -> Result<Side> {
+        if range.is_empty() {
+            return Ok(Side::Nothing);
         }
         // Behind the end of the disk there is nothing.
-        let end = to.min(size).max(from);
-        let is_zero = self.is_zero(from, end).await?;
-        if is_zero && zeroed {
-            return Ok(None);
-        }
-        let buffer = Arc::new(Buffer::new(bytes(to - from)));
-        if !is_zero {
-            let memory = vec![buffer.piece(0, bytes(end - from))];
+        let end = range.end.min(self.image.size()).max(range.start);
+        Ok(match self.is_zero(range.start, end).await? {
+            true if zeroed => Side::Nothing,
+            true => Side::Zeroes,
+            false => Side::Content,
+        })
+    }
+
+    /// Memory with what a range holds now, or with zeroes.
+    async fn held(&self, range: Range<u64>, read: bool) -> Result<Piece> {
+        let buffer = Arc::new(Buffer::new(bytes(range.end - range.start)));
+        let end = range.end.min(self.image.size()).max(range.start);
+        if read && end > range.start {
+            let memory = vec![buffer.piece(0, bytes(end - range.start))];
             let target = Target { memory, guard: Some(buffer.clone()) };
-            self.read_range(from, end - from, &target).await?;
+            self.read_range(range.start, end - range.start, &target).await?;
         }
-        Ok(Some(buffer))
+        let piece = buffer.whole();
+        Ok((buffer, piece))
     }
 
     /// Whether a range reads as zeroes, as far as the tables tell.
     pub(super) async fn is_zero(&self, mut from: u64, end: u64) -> Result<bool> {
         let l1 = self.l1();
         while from < end {
-            let (span, len) = self.image.span(&self.io, &l1, from, end - from).await?;
+            let (span, len) = self.span(&l1, from, end - from).await?;
             match span {
                 Span::Zero { .. } => {}
                 Span::Below if from >= self.image.backing_size() => {}
