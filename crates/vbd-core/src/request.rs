@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use vbd_ring::IoVec;
 
+use crate::track::Ticket;
 use crate::{Error, ErrorKind, Result};
 
 /// What a request asks for.
@@ -115,7 +116,7 @@ pub struct Request {
     /// How many have put their sink before the front-end's.
     depth: u8,
     /// Kept until the request has come back to the sink at `ticket_depth`.
-    ticket: Option<Rc<dyn Any>>,
+    ticket: Option<Rc<Ticket>>,
     ticket_depth: u8,
 }
 
@@ -142,7 +143,7 @@ impl Request {
 
     /// Sends the request back to its sink.
     pub fn complete(mut self, result: Result<()>) {
-        if self.ticket.is_some() && self.ticket_depth >= self.depth {
+        if self.ticket_depth >= self.depth {
             self.ticket = None;
         }
         if let Some(sink) = self.sink.take() {
@@ -171,10 +172,12 @@ impl Request {
     /// Keeps `held` until the request comes back to the sink that it has now: it is dropped just before. So a filter
     /// knows what is under way below it without standing in the way back. Where another filter before this one has done
     /// that already, both are kept until the request comes back to that one.
-    pub(crate) fn keep(&mut self, held: Rc<dyn Any>) {
-        match self.ticket.take() {
-            None => (self.ticket, self.ticket_depth) = (Some(held), self.depth),
-            Some(earlier) => self.ticket = Some(Rc::new((earlier, held))),
+    #[inline]
+    pub(crate) fn keep(&mut self, held: Rc<Ticket>) {
+        if let Some(earlier) = self.ticket.take() {
+            self.ticket = Some(Ticket::both(earlier, held));
+        } else {
+            (self.ticket, self.ticket_depth) = (Some(held), self.depth);
         }
     }
 }

@@ -24,21 +24,34 @@ pub(super) fn refresh_all() {
 }
 
 /// The writes of one channel under one configuration. Each holds it, and so does the channel until the next instant.
-struct Epoch(Arc<Phase>);
+pub(crate) struct Ticket(Kept);
 
-impl Epoch {
+enum Kept {
+    Of(Arc<Phase>),
+    /// Of two channels that a write passes one after the other.
+    Both(#[allow(dead_code, reason = "held")] Rc<Ticket>, #[allow(dead_code, reason = "held")] Rc<Ticket>),
+}
+
+impl Ticket {
     fn new(phase: Arc<Phase>) -> Rc<Self> {
         *phase.lock() += 1;
-        Rc::new(Epoch(phase))
+        Rc::new(Ticket(Kept::Of(phase)))
+    }
+
+    /// Two in one.
+    #[cold]
+    pub(crate) fn both(one: Rc<Ticket>, other: Rc<Ticket>) -> Rc<Self> {
+        Rc::new(Ticket(Kept::Both(one, other)))
     }
 }
 
-impl Drop for Epoch {
+impl Drop for Ticket {
     fn drop(&mut self) {
-        let mut open = self.0.lock();
+        let Kept::Of(phase) = &self.0 else { return };
+        let mut open = phase.lock();
         *open -= 1;
         if *open == 0 {
-            self.0.ended.notify_all();
+            phase.ended.notify_all();
         }
     }
 }
@@ -46,7 +59,7 @@ impl Drop for Epoch {
 /// What counts for a channel now.
 struct Current {
     config: Arc<Config>,
-    epoch: Rc<Epoch>,
+    ticket: Rc<Ticket>,
     /// Where a running backup has its copies.
     store: Option<Rc<dyn Channel>>,
 }
@@ -132,10 +145,10 @@ fn now(track: &Track, local: &Local) -> (u64, Current) {
     let state = track.state();
     // Under the lock, under which it changes.
     let generation = track.generation.load(Ordering::Acquire);
-    let (config, epoch) = (state.config.clone(), Epoch::new(state.phase.clone()));
+    let (config, ticket) = (state.config.clone(), Ticket::new(state.phase.clone()));
     drop(state);
     let store = config.preserve.as_ref().map(|preserve| preserve.store(local));
-    (generation, Current { config, epoch, store })
+    (generation, Current { config, ticket, store })
 }
 
 impl Channel for TrackChannel {
@@ -152,7 +165,7 @@ impl Channel for TrackChannel {
             for bitmap in &current.config.marks {
                 bitmap.mark(request.offset, request.len);
             }
-            request.keep(current.epoch.clone());
+            request.keep(current.ticket.clone());
             if let Some(preserve) = &current.config.preserve
                 && preserve.concerns(request.offset, request.len)
             {

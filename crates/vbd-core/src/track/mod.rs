@@ -28,6 +28,7 @@ use vbd_ring::{Handle, Local};
 use crate::Session;
 use crate::bitmap::{Bitmap, BitmapError};
 
+pub(crate) use channel::Ticket;
 use preserve::Preserve;
 
 pub use disk::{Keeper, Tracked};
