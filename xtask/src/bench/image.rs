@@ -33,11 +33,12 @@ pub(crate) fn serves(plan: &Plan) -> bool {
     served::ALL.iter().any(|load| plan.wants(load.name)) || plan.wants(jobs::BACKUP)
 }
 
-/// Makes an empty qcow2 image with the options that both sides have by default, on top of another file, if there is one.
-fn qcow2(path: &Path, size: u64, backing: Option<&Path>) -> Result<()> {
+/// Makes an empty qcow2 image with the options that both sides have by default, but for these of qemu-img, on top of another
+/// file, if there is one.
+fn qcow2(path: &Path, size: u64, backing: Option<&Path>, options: &[&str]) -> Result<()> {
     let _ = std::fs::remove_file(path);
     let mut command = std::process::Command::new("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2"]);
+    command.args(["create", "-q", "-f", "qcow2"]).args(options);
     if let Some(backing) = backing {
         command.arg("-b").arg(backing).args(["-F", "raw"]);
     }

@@ -31,7 +31,8 @@ pub(super) const ALONE: &str = "alone";
 /// In the results of [`SCALE`].
 pub(super) const ONE_QUEUE: &str = "one queue";
 pub(super) const FOUR_QUEUES: &str = "four queues";
-/// In the results of [`BITMAP`].
+/// In the results of [`BITMAP`]: without what keeps bitmaps in front, with that as servers have it, and with a bitmap.
+pub(super) const BARE: &str = "bare disk";
 pub(super) const NO_BITMAP: &str = "no bitmap";
 pub(super) const ONE_BITMAP: &str = "one bitmap";
 pub(super) const BESIDE: &str = "beside-backup";
@@ -125,7 +126,7 @@ impl Jobs<'_> {
     /// From the start of the program until a client can connect.
     fn open(&self, works: &mut Works) -> Result<()> {
         let image = self.dir.join("huge.qcow2");
-        qcow2(&image, 10 << 40, None)?;
+        qcow2(&image, 10 << 40, None, &[])?;
         // Something in every part of it.
         let writes: Vec<String> =
             (0..200u64).map(|part| format!("write -P 7 {} 4k", part * (50 << 30))).collect();
@@ -163,7 +164,7 @@ impl Jobs<'_> {
 
     fn clone(&self, works: &mut Works) -> Result<()> {
         let base = self.dir.join("base.qcow2");
-        qcow2(&base, 1 << 40, None)?;
+        qcow2(&base, 1 << 40, None, &[])?;
         let (ours, theirs) = (self.dir.join("clone-vbd.qcow2"), self.dir.join("clone-qemu.qcow2"));
         let vbd = self.plan.tools.vbd.clone();
         let vbd = {
@@ -204,7 +205,7 @@ impl Jobs<'_> {
         let mut ways = Vec::new();
         for name in ["qemu-img", "vbd"] {
             let image = self.dir.join(format!("snapshot-{name}.qcow2"));
-            qcow2(&image, 1 << 40, None)?;
+            qcow2(&image, 1 << 40, None, &[])?;
             let writes: Vec<String> = (0..1024u64).map(|part| format!("write -P 7 {part}G 64k")).collect();
             qemu_io(&image, &writes)?;
             let vbd = self.plan.tools.vbd.clone();
@@ -240,7 +241,7 @@ impl Jobs<'_> {
         work.clear();
         for _ in 0..self.plan.runs {
             for (name, queues) in [(ONE_QUEUE, 1), (FOUR_QUEUES, 4)] {
-                qcow2(&image, 256 * GIB, None)?;
+                qcow2(&image, 256 * GIB, None, &[])?;
                 let mut command = Command::new(&load);
                 command.arg(&image).args(["--format=qcow2", "--json"]);
                 command.arg(format!("--ops={requests}")).arg(format!("--queues={queues}"));
@@ -259,15 +260,13 @@ impl Jobs<'_> {
         let memory = tempfile::Builder::new().prefix("vbd-bench-").tempdir_in("/dev/shm")?;
         let image = memory.path().join("disk.raw");
         source(&image, GIB / 16)?;
-        let count = |requests: u64, bitmaps: u32| -> Result<f64> {
+        let count = |requests: u64, options: &[&str]| -> Result<f64> {
             let out = memory.path().join("callgrind.out");
             let mut command = Command::new("valgrind");
             command.arg("--tool=callgrind").arg(format!("--callgrind-out-file={}", out.display()));
-            command
-                .arg(&load)
-                .arg(&image)
-                .arg(format!("--ops={requests}"))
-                .arg(format!("--bitmaps={bitmaps}"));
+            // valgrind does not know io_uring.
+            command.arg(&load).arg(&image).arg("--engine=threads");
+            command.arg(format!("--ops={requests}")).args(options);
             output(&mut command)?;
             let text = std::fs::read_to_string(&out)?;
             let total = text
@@ -277,10 +276,12 @@ impl Jobs<'_> {
         };
         let work = works.entry(BITMAP.to_owned()).or_default();
         work.clear();
-        for (name, bitmaps) in [(NO_BITMAP, 0), (ONE_BITMAP, 1)] {
+        for (name, options) in
+            [(BARE, &[][..]), (NO_BITMAP, &["--track"]), (ONE_BITMAP, &["--track", "--bitmaps=1"])]
+        {
             // The difference is free of what starting and stopping cost.
             let (few, many) = (2_000, 22_000);
-            let each = (count(many, bitmaps)? - count(few, bitmaps)?) / (many - few) as f64;
+            let each = (count(many, options)? - count(few, options)?) / (many - few) as f64;
             work.entry(name.to_owned()).or_default().instructions = Some(each);
         }
         Ok(())

@@ -1,10 +1,10 @@
 //! What images that live have to reach.
 
 use super::jobs::{
-    ALONE, BACKUP, BESIDE, BITMAP, CLONE, FOUR_QUEUES, NO_BITMAP, ONE_BITMAP, ONE_QUEUE, OPEN, QEMU_IMG,
-    SCALE, SNAPSHOT, TO_QCOW2, TO_RAW, TO_ZSTD, best,
+    ALONE, BACKUP, BARE, BESIDE, BITMAP, CLONE, FOUR_QUEUES, NO_BITMAP, ONE_BITMAP, ONE_QUEUE, OPEN,
+    QEMU_IMG, SCALE, SNAPSHOT, TO_QCOW2, TO_RAW, TO_ZSTD, best,
 };
-use super::served::{ALLOCATE, ALLOCATE_64K, Loads, OVERLAY, QSD, READ, VBD, VBD_RAW, WRITE};
+use super::served::{ALLOCATE, ALLOCATE_64K, Loads, OVERLAY, QSD, READ, SUBCLUSTERS, VBD, VBD_RAW, WRITE};
 use crate::bench::build::Works;
 use crate::bench::targets::{Bound, Verdict, verdict};
 
@@ -28,6 +28,8 @@ pub(crate) fn judge(loads: &Loads, works: &Works) -> Vec<Verdict> {
     add(ALLOCATE_64K, "qcow2 against raw into a hole", Bound::AtLeast(0.8), found, "x");
     let found = against(OVERLAY, qsd(OVERLAY));
     add(OVERLAY, "against qemu-storage-daemon's best mode", Bound::AtLeast(2.0), found, "x");
+    let found = against(SUBCLUSTERS, qsd(SUBCLUSTERS));
+    add(SUBCLUSTERS, "against qemu-storage-daemon's best mode", Bound::AtLeast(2.0), found, "x");
 
     let own = |work: &str| best(works, work, &["vbd"]);
     for (work, bound) in [(TO_QCOW2, 1.5), (TO_RAW, 1.5), (TO_ZSTD, 2.0)] {
@@ -42,9 +44,14 @@ pub(crate) fn judge(loads: &Loads, works: &Works) -> Vec<Verdict> {
     let found = found.map(|(one, four)| one / four);
     add(SCALE, "four queues against one, two cores", Bound::AtLeast(1.5), found, "x");
     let each = |way| works.get(BITMAP)?.get(way)?.instructions;
-    let found =
-        each(ONE_BITMAP).zip(each(NO_BITMAP)).map(|(one, none): (f64, f64)| (one / none - 1.0) * 100.0);
-    add(BITMAP, "of a random write, more with a bitmap", Bound::AtMost(3.0), found, "%");
+    for (than, what) in [
+        (NO_BITMAP, "of a random write, more with a bitmap than as it is served"),
+        (BARE, "of a random write, more with a bitmap than on the bare disk"),
+    ] {
+        let found =
+            each(ONE_BITMAP).zip(each(than)).map(|(one, none): (f64, f64)| (one / none - 1.0) * 100.0);
+        add(BITMAP, what, Bound::AtMost(3.0), found, "%");
+    }
     let p99 = |way| best(works, BACKUP, &[way]);
     let found = p99(BESIDE).zip(p99(ALONE)).map(|(beside, alone)| beside / alone);
     add(BACKUP, "of a guest's writes, against no backup", Bound::AtMost(2.0), found, "x");
