@@ -470,7 +470,8 @@ impl Local {
                 std::hint::spin_loop();
                 continue;
             }
-            if self.arm_all() {
+            // Its own thread wakes a task without a wake-up.
+            if self.arm_all() || self.0.tasks.are_woken() {
                 continue;
             }
             if !busy {

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{ThreadId, current};
 
 use crate::reactor::Shared;
 use crate::{Completion, Local, OpId};
@@ -26,6 +27,8 @@ struct Woken {
     ids: Mutex<Vec<u64>>,
     some: AtomicBool,
     shared: Arc<Shared>,
+    /// The reactor's own thread, which looks before it sleeps and needs no system call to wake it.
+    thread: ThreadId,
 }
 
 struct TaskWaker {
@@ -37,13 +40,17 @@ impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         self.woken.ids.lock().unwrap_or_else(PoisonError::into_inner).push(self.id);
         self.woken.some.store(true, Ordering::SeqCst);
-        self.woken.shared.wake();
+        if current().id() != self.woken.thread {
+            self.woken.shared.wake();
+        }
     }
 }
 
 impl Tasks {
+    /// The tasks of the reactor of this thread.
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        let woken = Arc::new(Woken { ids: Mutex::default(), some: AtomicBool::new(false), shared });
+        let (ids, some) = (Mutex::default(), AtomicBool::new(false));
+        let woken = Arc::new(Woken { ids, some, shared, thread: current().id() });
         Tasks { all: RefCell::default(), next: Cell::new(0), woken }
     }
 
@@ -69,6 +76,11 @@ impl Tasks {
             }
         }
         !ids.is_empty()
+    }
+
+    /// Whether a task waits to be polled.
+    pub(crate) fn are_woken(&self) -> bool {
+        self.woken.some.load(Ordering::SeqCst)
     }
 
     /// Drops every task. What they had in the kernel stays owned until its completion.
