@@ -17,6 +17,7 @@ const TARGETS: &[Target] = &[
     ("ext4_acl", vbd_ext4::format::acl::fuzz),
     ("ext4_check", vbd_ext4::check::fuzz::check),
     ("ext4_edit", vbd_ext4::edit::fuzz::edit),
+    ("ext4_quota", vbd_ext4::format::quota::fuzz),
     ("ext4_read", vbd_ext4::read::fuzz::read),
     ("fat", vbd_fs::vfat::fuzz),
     ("foreign", vbd_foreign::fuzz),

@@ -27,7 +27,22 @@ impl Mounted {
         mounted
     }
 
-    /// The same at a place, which is made where it is missing.
+    /// The same; nothing where the kernel refuses.
+    ///
+    /// # Panics
+    /// There is no `mount` to run.
+    pub fn attempt(image: &Path, options: &str) -> Option<Mounted> {
+        let own = tempfile::tempdir().expect("a directory");
+        let mut mount = Command::new("mount");
+        let output = mount.args(["-o", &format!("loop,{options}")]).arg(image).arg(own.path()).output();
+        output.expect("mount").status.success().then(|| Mounted {
+            at: own.path().to_owned(),
+            image: Some(image.to_owned()),
+            _own: Some(own),
+        })
+    }
+
+    /// The same as [`Mounted::new`] at a place, which is made where it is missing.
     ///
     /// # Panics
     /// It cannot be mounted.

@@ -120,6 +120,9 @@ impl Checker<'_> {
         self.content(ino, kind, &fields, xattr_blocks, &mut blocks)?;
         if !blocks.failed && !values {
             self.count(ino, &fields, blocks.count + xattr_blocks);
+            self.count_usage(ino, &fields, blocks.count + xattr_blocks);
+        } else {
+            self.counted.fail();
         }
         if kind == Some(FileType::Directory) {
             self.directories.insert(

@@ -15,6 +15,7 @@ mod groups;
 mod hashes;
 mod inodes;
 mod journal;
+mod quota;
 mod report;
 mod special;
 mod superblock;
@@ -126,6 +127,7 @@ struct Checker<'a> {
     free_inodes: u64,
     /// Blocks of extents that were claimed so far, each as often as it was.
     claimed: u64,
+    counted: quota::Counted,
 }
 
 /// An inode in use.
@@ -170,6 +172,7 @@ impl<'a> Checker<'a> {
             free_blocks: 0,
             free_inodes: 0,
             claimed: 0,
+            counted: quota::Counted::default(),
         }
     }
 
@@ -195,6 +198,7 @@ impl<'a> Checker<'a> {
         self.directories()?;
         self.tree();
         self.bitmaps()?;
+        self.quotas()?;
         Ok(())
     }
 

@@ -83,7 +83,7 @@ impl Directory {
             .ok_or_else(|| EditError::corrupt(self.place(logical), "it is missing"))
     }
 
-    fn is_hashed(&self) -> bool {
+    pub(super) fn is_hashed(&self) -> bool {
         self.raw.has(flags::INDEX)
     }
 }
@@ -91,9 +91,17 @@ impl Directory {
 impl Editor {
     /// A directory, to change it.
     pub(super) fn directory(&self, ino: Ino) -> Result<Directory> {
-        let raw = self.load_to_change(ino)?;
+        self.directory_of(self.load_to_change(ino)?)
+    }
+
+    /// A directory, whatever says that it is not to be changed.
+    pub(super) fn any_directory(&self, ino: Ino) -> Result<Directory> {
+        self.directory_of(self.load(ino)?)
+    }
+
+    fn directory_of(&self, raw: Raw) -> Result<Directory> {
         if !raw.is_directory() {
-            return Err(EditError::Kind { ino, why: "is no directory" });
+            return Err(EditError::Kind { ino: raw.ino, why: "is no directory" });
         }
         let mapped = self.mapped(&raw)?;
         let directory = Directory { raw, mapped };
@@ -112,7 +120,7 @@ impl Editor {
     }
 
     /// What the checksums of a directory begin with.
-    fn begin(&self, raw: &Raw) -> Option<u32> {
+    pub(super) fn begin(&self, raw: &Raw) -> Option<u32> {
         self.filesystem.geometry.seed.map(|seed| seed.of_inode(raw.ino, raw.fields.generation.get()))
     }
 
@@ -142,7 +150,7 @@ impl Editor {
     }
 
     /// Whether a block of a hashed directory is one of the tree's.
-    fn is_node(&self, logical: u64, bytes: &[u8]) -> bool {
+    pub(super) fn is_node(&self, logical: u64, bytes: &[u8]) -> bool {
         let record = u16::from_le_bytes([bytes[4], bytes[5]]);
         logical == 0
             || bytes[..4] == [0; 4]
@@ -151,17 +159,29 @@ impl Editor {
 
     /// Puts a block of entries back.
     fn put_leaf(&mut self, directory: &Directory, logical: u64, mut bytes: Vec<u8>) -> Result<()> {
-        if let Some(begin) = self.begin(&directory.raw) {
-            if directory.is_hashed() && logical == 0 {
-                // The entries `.` and `..`, before the root of the tree, whose checksum is another one.
-                hash_seal(begin, &mut bytes, ROOT_COUNT);
-            } else {
-                seal(begin, &mut bytes);
-            }
-        }
+        self.seal_leaf(directory, logical, &mut bytes);
         let physical = directory.physical(logical)?;
         self.filesystem.blocks.stage(physical, bytes.into());
         Ok(())
+    }
+
+    /// Changes a block of entries where it is.
+    fn change_leaf(
+        &mut self,
+        directory: &Directory,
+        logical: u64,
+        change: impl FnOnce(&mut [u8], Place) -> Result<()>,
+    ) -> Result<()> {
+        let (physical, place) = (directory.physical(logical)?, directory.place(logical));
+        let begin = self.begin(&directory.raw);
+        let bytes = self.filesystem.blocks.change(physical, place)?;
+        change(bytes, place)?;
+        seal_entries(begin, directory, logical, bytes);
+        Ok(())
+    }
+
+    fn seal_leaf(&self, directory: &Directory, logical: u64, bytes: &mut [u8]) {
+        seal_entries(self.begin(&directory.raw), directory, logical, bytes);
     }
 
     /// A node of the tree.
@@ -243,9 +263,8 @@ impl Editor {
     pub(super) fn find_entry(&self, directory: &Directory, name: &[u8]) -> Result<Option<Slot>> {
         let search = |logical: u64| -> Result<Option<Slot>> {
             let bytes = self.leaf(directory, logical)?;
-            let all = entries::entries(&bytes, directory.place(logical))?;
-            let found = all.into_iter().find(|entry| entry.ino != 0 && entry.name == name);
-            Ok(found.map(|Found { at, ino, .. }| Slot { logical, at, ino }))
+            let found = entries::find(&bytes, name, directory.place(logical))?;
+            Ok(found.map(|(at, ino)| Slot { logical, at, ino }))
         };
         if name == b".." {
             return search(0);
@@ -286,10 +305,12 @@ impl Editor {
         }
         let (blocks, room) = (self.blocks_in(directory), self.room());
         for logical in 0..blocks {
-            let mut bytes = self.leaf(directory, logical)?.to_vec();
-            if entries::add(&mut bytes, room, name, ino, kind.code(), directory.place(logical))? {
-                return self.put_leaf(directory, logical, bytes);
+            if !entries::has_room(&self.leaf(directory, logical)?, room, name, directory.place(logical))? {
+                continue;
             }
+            return self.change_leaf(directory, logical, |bytes, place| {
+                entries::add(bytes, room, name, ino, kind.code(), place).map(drop)
+            });
         }
         if blocks == 1 && self.hashes() {
             return self.rebuild(directory, name, ino, kind);
@@ -305,9 +326,7 @@ impl Editor {
 
     /// Takes an entry away.
     pub(super) fn remove_entry(&mut self, directory: &Directory, slot: &Slot) -> Result<()> {
-        let mut bytes = self.block_of(directory, slot.logical)?.to_vec();
-        entries::remove(&mut bytes, slot.at, directory.place(slot.logical))?;
-        self.put_leaf(directory, slot.logical, bytes)
+        self.change_leaf(directory, slot.logical, |bytes, place| entries::remove(bytes, slot.at, place))
     }
 
     /// Has an entry lead to another inode.
@@ -318,9 +337,10 @@ impl Editor {
         ino: Ino,
         kind: FileType,
     ) -> Result<()> {
-        let mut bytes = self.block_of(directory, slot.logical)?.to_vec();
-        entries::replace(&mut bytes, slot.at, ino, kind.code());
-        self.put_leaf(directory, slot.logical, bytes)
+        self.change_leaf(directory, slot.logical, |bytes, _| {
+            entries::replace(bytes, slot.at, ino, kind.code());
+            Ok(())
+        })
     }
 
     /// Adds a block at the end; its number in the directory.
@@ -342,16 +362,20 @@ impl Editor {
             let (hasher, levels) = self.tree_info(directory)?;
             let path = self.walk(directory, hasher.hash(name).major, levels)?;
             let logical = path.last().map_or(0, Step::child);
-            let mut bytes = self.leaf(directory, logical)?.to_vec();
-            let place = directory.place(logical);
+            let bytes = self.leaf(directory, logical)?;
+            let (place, room) = (directory.place(logical), self.room());
             if logical == 0 || self.begin(&directory.raw).is_some() && self.is_node(logical, &bytes) {
                 return Err(EditError::corrupt(
                     place,
                     "the tree of hashes has a node in the place of a leaf",
                 ));
             }
-            if entries::add(&mut bytes, self.room(), name, ino, kind.code(), place)? {
-                return self.put_leaf(directory, logical, bytes);
+            if entries::has_room(&bytes, room, name, place)? {
+                // It is changed where it is, unless somebody else looks at it.
+                drop(bytes);
+                return self.change_leaf(directory, logical, |bytes, place| {
+                    entries::add(bytes, room, name, ino, kind.code(), place).map(drop)
+                });
             }
             match path.iter().rposition(|step| step.count < step.limit) {
                 Some(last) if last + 1 == path.len() => {
@@ -452,17 +476,15 @@ impl Editor {
     ) -> Result<bool> {
         let logical = parent.child();
         let bytes = self.leaf(directory, logical)?;
-        let all = entries::entries(&bytes, directory.place(logical))?;
-        let new = Found { at: 0, record: 0, ino, name: name.to_vec(), code: kind.code() };
-        let mut all: Vec<(NameHash, Found)> = all
+        let all = entries::entries(&bytes, directory.place(logical)).collect::<Result<Vec<_>>>()?;
+        let new = Found { at: 0, record: 0, ino, name, code: kind.code() };
+        let mut all: Vec<(NameHash, Found<'_>)> = all
             .into_iter()
             .filter(|entry| entry.ino != 0)
             .chain([new])
-            .map(|entry| (hasher.hash(&entry.name), entry))
+            .map(|entry| (hasher.hash(entry.name), entry))
             .collect();
-        all.sort_by(|(one, first), (other, second)| {
-            one.cmp(other).then_with(|| first.name.cmp(&second.name))
-        });
+        all.sort_by(|(one, first), (other, second)| one.cmp(other).then_with(|| first.name.cmp(second.name)));
 
         let sizes: Vec<usize> = all.iter().map(|(_, entry)| needed(entry.name.len())).collect();
         let (total, room) = (sizes.iter().sum::<usize>(), self.room());
@@ -492,8 +514,9 @@ impl Editor {
         let mut all: Vec<(Vec<u8>, Ino, FileType)> = vec![(name.to_vec(), ino, kind)];
         for logical in 0..self.blocks_in(directory) {
             let bytes = self.leaf(directory, logical)?;
-            for entry in entries::entries(&bytes, directory.place(logical))? {
-                match &entry.name[..] {
+            for entry in entries::entries(&bytes, directory.place(logical)) {
+                let entry = entry?;
+                match entry.name {
                     _ if entry.ino == 0 => {}
                     b"." => {}
                     b".." => above = entry.ino,
@@ -502,7 +525,7 @@ impl Editor {
                             Some(kind) => kind,
                             None => self.filesystem.inode(entry.ino)?.file_type(),
                         };
-                        all.push((entry.name, entry.ino, kind));
+                        all.push((entry.name.to_vec(), entry.ino, kind));
                     }
                 }
             }
@@ -553,12 +576,23 @@ impl Editor {
     }
 }
 
+/// Makes the checksum of a block of entries.
+fn seal_entries(begin: Option<u32>, directory: &Directory, logical: u64, bytes: &mut [u8]) {
+    let Some(begin) = begin else { return };
+    if directory.is_hashed() && logical == 0 {
+        // The entries `.` and `..`, before the root of the tree, whose checksum is another one.
+        hash_seal(begin, bytes, ROOT_COUNT);
+    } else {
+        seal(begin, bytes);
+    }
+}
+
 /// Fills a block with entries, the last of which takes all that is left up to `room`.
-fn fill<'a>(block: &mut [u8], room: usize, entries: impl Iterator<Item = &'a Found>) {
+fn fill<'a>(block: &mut [u8], room: usize, entries: impl Iterator<Item = &'a Found<'a>>) {
     let (mut at, mut last) = (0, 0);
     for entry in entries {
         let size = needed(entry.name.len());
-        directory::put(block, at, entry.ino, size, &entry.name, entry.code);
+        directory::put(block, at, entry.ino, size, entry.name, entry.code);
         last = at;
         at += size;
     }

@@ -72,6 +72,9 @@ pub enum EditError {
     /// A directory with entries.
     #[error("the directory {0:?} is not empty")]
     NotEmpty(String),
+    /// Somebody asked to stop; what was done until then is whole.
+    #[error("interrupted")]
+    Interrupted,
     /// An inode that is not of the kind that this can be done with.
     #[error("inode {ino} {why}")]
     Kind {

@@ -1,6 +1,7 @@
 //! Bitmaps and group descriptors: which blocks and inodes are free ("Block Group Descriptors", "Block and inode Bitmaps").
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
@@ -35,11 +36,59 @@ fn index(number: u64) -> usize {
     usize::try_from(number).expect("a group has at most 2^19 blocks or inodes")
 }
 
+/// The first index from `at` on, below `end`, whose bit has this value; `end` where none has.
+fn next(bitmap: &[u8], mut at: usize, end: usize, value: bool) -> usize {
+    let other = if value { 0 } else { 0xff };
+    while at < end {
+        if at.is_multiple_of(8) && bitmap[at / 8] == other {
+            // Most of a bitmap is of one kind.
+            at += 8 * bitmap[at / 8..end.div_ceil(8)].iter().take_while(|byte| **byte == other).count();
+        } else if bit(bitmap, at) == value {
+            return at;
+        } else {
+            at += 1;
+        }
+    }
+    end
+}
+
 /// Which bitmap.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Of {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Of {
     Blocks,
     Inodes,
+}
+
+/// What is known of the space beyond what the filesystem says itself.
+#[derive(Debug, Default)]
+pub(super) struct Space {
+    /// Blocks freed since the last commit: first block to the one after the last.
+    freed: BTreeMap<Block, Block>,
+    /// Nothing below these indices can be given out, by group.
+    blocks_from: HashMap<u32, usize>,
+    inodes_from: HashMap<u32, u32>,
+    /// Bitmaps whose checksums are made with the commit.
+    unsealed: BTreeSet<(Of, u32)>,
+    /// Where the filesystem will end: nothing from that block and group on is given out.
+    pub(super) end: Option<(Block, u32)>,
+}
+
+impl Space {
+    /// What was changed is in its place.
+    pub(super) fn settle(&mut self) {
+        *self = Space { end: self.end, ..Space::default() };
+    }
+
+    /// The block behind the freed ones that this one is among; nothing where it is none.
+    fn freed_until(&self, block: Block) -> Option<Block> {
+        let (_, after) = self.freed.range(..=block).next_back()?;
+        (*after > block).then_some(*after)
+    }
+
+    /// The next block that was freed, from one on that was not.
+    fn next_freed(&self, block: Block) -> Option<Block> {
+        self.freed.range(block..).next().map(|(start, _)| *start)
+    }
 }
 
 impl Editor {
@@ -49,12 +98,11 @@ impl Editor {
     }
 
     /// Puts a descriptor into its block, with its checksum.
-    fn put_descriptor(&mut self, group: u32, descriptor: &GroupDescriptor) -> Result<()> {
+    pub(super) fn put_descriptor(&mut self, group: u32, descriptor: &GroupDescriptor) -> Result<()> {
         let geometry = &self.filesystem.geometry;
         let (block, at) = geometry.descriptor_place(group);
         let size = usize::from(geometry.descriptor_size);
-        let mut bytes = self.filesystem.blocks.metadata(block, Place::Group(group))?.to_vec();
-        let place = &mut bytes[at..at + size];
+        let place = &mut self.filesystem.blocks.change(block, Place::Group(group))?[at..at + size];
         let known = size.min(size_of::<GroupDescriptor>());
         place[..known].copy_from_slice(&descriptor.as_bytes()[..known]);
         let superblock = &geometry.superblock;
@@ -69,7 +117,6 @@ impl Editor {
             let at = std::mem::offset_of!(GroupDescriptor, checksum);
             place[at..at + 2].copy_from_slice(&sum.to_le_bytes());
         }
-        self.filesystem.blocks.stage(block, bytes.into());
         Ok(())
     }
 
@@ -100,7 +147,7 @@ impl Editor {
     }
 
     /// A bitmap; one that is not set up yet is made.
-    fn bitmap(&self, of: Of, group: u32, descriptor: &GroupDescriptor) -> Result<Vec<u8>> {
+    fn bitmap(&self, of: Of, group: u32, descriptor: &GroupDescriptor) -> Result<Arc<[u8]>> {
         let bytes = self.bitmap_bytes(of);
         let (flag, block, stored) = match of {
             Of::Blocks => (flags::BLOCK_UNINIT, descriptor.block_bitmap(), descriptor.block_bitmap_sum()),
@@ -108,11 +155,11 @@ impl Editor {
         };
         if self.has_flags() && descriptor.flags.get() & flag != 0 {
             return match of {
-                Of::Blocks => self.fresh_bitmap(group, descriptor),
+                Of::Blocks => Ok(self.fresh_bitmap(group, descriptor)?.into()),
                 Of::Inodes => {
                     let mut bitmap = vec![0xff; self.block_size() as usize];
                     bitmap[..bytes].fill(0);
-                    Ok(bitmap)
+                    Ok(bitmap.into())
                 }
             };
         }
@@ -120,8 +167,10 @@ impl Editor {
         if !self.filesystem.blocks.exist(block, 1) {
             return Err(EditError::corrupt(place, format!("a bitmap is said to be in block {block}")));
         }
-        let bitmap = self.filesystem.blocks.metadata(block, place)?.to_vec();
-        if let Some(seed) = self.filesystem.geometry.seed {
+        let bitmap = self.filesystem.blocks.metadata(block, place)?;
+        // One that was changed has its checksum with the commit.
+        if let Some(seed) = self.filesystem.geometry.seed.filter(|_| !self.filesystem.blocks.is_staged(block))
+        {
             let mask = if self.filesystem.geometry.descriptor_size >= 64 { !0 } else { 0xffff };
             if (seed.of_bitmap(&bitmap[..bytes]) ^ stored) & mask != 0 {
                 return Err(EditError::corrupt(place, "the checksum of one of its bitmaps is wrong"));
@@ -190,36 +239,60 @@ impl Editor {
         Ok(bitmap)
     }
 
-    /// Puts a bitmap into its place, and its checksum and that it is set up into the descriptor.
-    fn put_bitmap(
+    /// Sets bits of a bitmap that was read, which is set up with that, and puts the descriptor into its place. The bitmap's
+    /// checksum is made with the commit.
+    fn set_bits(
         &mut self,
-        of: Of,
-        group: u32,
+        (of, group): (Of, u32),
         descriptor: &mut GroupDescriptor,
-        bitmap: Vec<u8>,
+        bitmap: Arc<[u8]>,
+        range: std::ops::Range<usize>,
+        value: bool,
     ) -> Result<()> {
-        let bytes = self.bitmap_bytes(of);
-        if let Some(seed) = self.filesystem.geometry.seed {
+        let (flag, block) = match of {
+            Of::Blocks => (flags::BLOCK_UNINIT, descriptor.block_bitmap()),
+            Of::Inodes => (flags::INODE_UNINIT, descriptor.inode_bitmap()),
+        };
+        let place = Place::Group(group);
+        if !self.filesystem.blocks.exist(block, 1) {
+            return Err(EditError::corrupt(place, format!("a bitmap is said to be in block {block}")));
+        }
+        let made = self.has_flags() && descriptor.flags.get() & flag != 0;
+        if made || !self.filesystem.blocks.is_staged(block) {
+            self.filesystem.blocks.stage(block, bitmap);
+        } else {
+            // It is changed where it is, unless somebody else looks at it.
+            drop(bitmap);
+        }
+        if self.has_flags() {
+            descriptor.flags = (descriptor.flags.get() & !flag).into();
+        }
+        set(self.filesystem.blocks.change(block, place)?, range, value);
+        self.space.unsealed.insert((of, group));
+        self.put_descriptor(group, descriptor)
+    }
+
+    /// Makes the checksums of the bitmaps that were changed.
+    pub(super) fn seal_bitmaps(&mut self) -> Result<()> {
+        let unsealed = std::mem::take(&mut self.space.unsealed);
+        let Some(seed) = self.filesystem.geometry.seed else { return Ok(()) };
+        for (of, group) in unsealed {
+            let mut descriptor = self.descriptor(group)?;
+            let bytes = self.bitmap_bytes(of);
             let mask = if self.filesystem.geometry.descriptor_size >= 64 { !0 } else { 0xffff };
+            let block = match of {
+                Of::Blocks => descriptor.block_bitmap(),
+                Of::Inodes => descriptor.inode_bitmap(),
+            };
+            let bitmap = self.filesystem.blocks.metadata(block, Place::Group(group))?;
             let sum = seed.of_bitmap(&bitmap[..bytes]) & mask;
             match of {
                 Of::Blocks => descriptor.set_block_bitmap_sum(sum),
                 Of::Inodes => descriptor.set_inode_bitmap_sum(sum),
             }
+            self.put_descriptor(group, &descriptor)?;
         }
-        let (flag, block) = match of {
-            Of::Blocks => (flags::BLOCK_UNINIT, descriptor.block_bitmap()),
-            Of::Inodes => (flags::INODE_UNINIT, descriptor.inode_bitmap()),
-        };
-        if self.has_flags() {
-            descriptor.flags = (descriptor.flags.get() & !flag).into();
-        }
-        if !self.filesystem.blocks.exist(block, 1) {
-            let reason = format!("a bitmap is said to be in block {block}");
-            return Err(EditError::corrupt(Place::Group(group), reason));
-        }
-        self.filesystem.blocks.stage(block, bitmap.into());
-        self.put_descriptor(group, descriptor)
+        Ok(())
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "the halves of one number")]
@@ -233,46 +306,50 @@ impl Editor {
     }
 
     /// Free runs of a group that are at least so long, as many as are needed.
-    fn free_runs(&self, group: u32, shortest: u64, needed: u64) -> Result<Vec<Run>> {
+    fn free_runs(&mut self, group: u32, shortest: u64, needed: u64) -> Result<Vec<Run>> {
         let descriptor = self.descriptor(group)?;
         let mut runs = Vec::new();
         if u64::from(descriptor.free_blocks()) < shortest {
             return Ok(runs);
         }
         let all = self.blocks_of(group);
-        let mut bitmap = self.bitmap(Of::Blocks, group, &descriptor)?;
-        let end = all.start + all.length;
-        for (start, after) in self.freed.range(..end).rev() {
-            if *after <= all.start {
+        let bitmap = self.bitmap(Of::Blocks, group, &descriptor)?;
+        let end = self.space.end.map_or(all.end(), |(end, _)| end.clamp(all.start, all.end()));
+        let (mut at, length, mut found) =
+            (self.space.blocks_from.get(&group).copied().unwrap_or(0), index(end - all.start), 0);
+        let mut first = None;
+        while found < needed {
+            let from = next(&bitmap, at, length, false);
+            if from >= length {
                 break;
             }
-            let range = index((*start).max(all.start) - all.start)..index((*after).min(end) - all.start);
-            set(&mut bitmap, range, true);
-        }
-        let (mut at, length, mut found) = (0, index(all.length), 0);
-        while at < length && found < needed {
-            if at % 8 == 0 && bitmap[at / 8] == 0xff {
-                at += 8;
-            } else if bit(&bitmap, at) {
-                at += 1;
-            } else {
-                let from = at;
-                while at < length && ((at - from) as u64) < needed - found && !bit(&bitmap, at) {
-                    at += 1;
-                }
-                let run = Run::new(all.start + from as u64, (at - from) as u64);
-                if run.length >= shortest.min(needed - found) {
-                    found += run.length;
-                    runs.push(run);
-                }
+            let block = all.start + from as u64;
+            if let Some(after) = self.space.freed_until(block) {
+                at = index(after.min(all.end()) - all.start);
+                continue;
+            }
+            let wall = self.space.next_freed(block).map_or(length, |freed| index(freed.min(end) - all.start));
+            let most = from.saturating_add(usize::try_from(needed - found).unwrap_or(usize::MAX));
+            at = next(&bitmap, from, wall.min(most), true);
+            first.get_or_insert(from);
+            let run = Run::new(block, (at - from) as u64);
+            if run.length >= shortest.min(needed - found) {
+                found += run.length;
+                runs.push(run);
             }
         }
+        self.space.blocks_from.insert(group, first.unwrap_or(length));
         Ok(runs)
+    }
+
+    /// Groups that something may be taken from.
+    fn groups_to_come(&self) -> u32 {
+        self.space.end.map_or(self.filesystem.geometry.groups, |(_, groups)| groups)
     }
 
     /// Takes so many free blocks, those near a group first, and in a row where that is possible.
     pub(super) fn allocate(&mut self, count: u64, near: u32) -> Result<Vec<Run>> {
-        let groups = self.filesystem.geometry.groups;
+        let groups = self.groups_to_come();
         let order = move |number: u32| {
             let group = u64::from(near) + u64::from(number);
             u32::try_from(group % u64::from(groups)).expect("below a number of 32 bits")
@@ -323,7 +400,7 @@ impl Editor {
         for block in staged.map(|(block, _)| *block).collect::<Vec<_>>() {
             self.filesystem.blocks.unstage(block);
         }
-        note(&mut self.freed, run);
+        note(&mut self.space.freed, run);
         Ok(())
     }
 
@@ -342,21 +419,20 @@ impl Editor {
             let all = self.blocks_of(group);
             let stop = end.min(all.start + all.length);
             let mut descriptor = self.descriptor(group)?;
-            let mut bitmap = self.bitmap(Of::Blocks, group, &descriptor)?;
+            let bitmap = self.bitmap(Of::Blocks, group, &descriptor)?;
             let range = index(at - all.start)..index(stop - all.start);
-            if range.clone().any(|index| bit(&bitmap, index) == used) {
+            if next(&bitmap, range.start, range.end, used) < range.end {
                 let state = if used { "used" } else { "free" };
                 let reason = format!("blocks between {at} and {stop} are {state} already");
                 return Err(EditError::corrupt(Place::Group(group), reason));
             }
-            set(&mut bitmap, range, used);
             let count = u32::try_from(stop - at).expect("less than a group");
             let free = descriptor.free_blocks();
             let free = if used { free.checked_sub(count) } else { free.checked_add(count) };
             let free = free
                 .ok_or_else(|| EditError::corrupt(Place::Group(group), "its free blocks are miscounted"))?;
             descriptor.set_free_blocks(free);
-            self.put_bitmap(Of::Blocks, group, &mut descriptor, bitmap)?;
+            self.set_bits((Of::Blocks, group), &mut descriptor, bitmap, range, used)?;
             let free = self.superblock().free_blocks();
             let count = u64::from(count);
             self.set_free_blocks(if used { free.saturating_sub(count) } else { free.saturating_add(count) });
@@ -368,7 +444,7 @@ impl Editor {
     /// Takes a free inode, near a group. Its place in the table, and all places before it, are set up.
     pub(super) fn allocate_inode(&mut self, near: u32, kind: FileType) -> Result<Ino> {
         let geometry = &self.filesystem.geometry;
-        let (groups, per_group) = (geometry.groups, geometry.inodes_per_group);
+        let (groups, per_group) = (self.groups_to_come(), geometry.inodes_per_group);
         let first = geometry.superblock.first_ino.get().max(crate::format::ino::FIRST);
         let most = geometry.inodes();
         for number in 0..groups {
@@ -378,15 +454,17 @@ impl Editor {
             if descriptor.free_inodes() == 0 {
                 continue;
             }
-            let mut bitmap = self.bitmap(Of::Inodes, group, &descriptor)?;
+            let bitmap = self.bitmap(Of::Inodes, group, &descriptor)?;
             let lowest = if group == 0 { first - 1 } else { 0 };
-            let Some(at) = (lowest..per_group)
-                .take_while(|at| u64::from(group) * u64::from(per_group) + u64::from(*at) < u64::from(most))
-                .find(|at| !bit(&bitmap, *at as usize))
-            else {
+            let lowest = lowest.max(self.space.inodes_from.get(&group).copied().unwrap_or(0));
+            let end = u64::from(most).saturating_sub(u64::from(group) * u64::from(per_group));
+            let end = u32::try_from(end).unwrap_or(u32::MAX).min(per_group);
+            let at = next(&bitmap, lowest as usize, end as usize, false);
+            let at = u32::try_from(at).expect("a group has at most 2^19 inodes");
+            if at >= end {
                 continue;
-            };
-            set(&mut bitmap, at as usize..at as usize + 1, true);
+            }
+            self.space.inodes_from.insert(group, at + 1);
             descriptor.set_free_inodes(descriptor.free_inodes() - 1);
             if kind == FileType::Directory {
                 descriptor.set_directories(descriptor.directories() + 1);
@@ -400,7 +478,8 @@ impl Editor {
                     descriptor.set_unused_inodes(per_group - at - 1);
                 }
             }
-            self.put_bitmap(Of::Inodes, group, &mut descriptor, bitmap)?;
+            let range = at as usize..at as usize + 1;
+            self.set_bits((Of::Inodes, group), &mut descriptor, bitmap, range, true)?;
             let superblock = self.superblock_mut();
             superblock.free_inodes = superblock.free_inodes.get().saturating_sub(1).into();
             return Ok(group * per_group + at + 1);
@@ -419,10 +498,8 @@ impl Editor {
             if !self.filesystem.blocks.exist(block, 1) {
                 return Err(EditError::corrupt(place, format!("its inode table is at block {block}")));
             }
-            let mut bytes = self.filesystem.blocks.metadata(block, place)?.to_vec();
             let first = from.saturating_sub(number * per_block) as usize;
-            bytes[first * size..].fill(0);
-            self.filesystem.blocks.stage(block, bytes.into());
+            self.filesystem.blocks.change(block, place)?[first * size..].fill(0);
         }
         Ok(())
     }
@@ -432,19 +509,50 @@ impl Editor {
         let group = self.group_of(ino);
         let at = ((ino - 1) % self.filesystem.geometry.inodes_per_group) as usize;
         let mut descriptor = self.descriptor(group)?;
-        let mut bitmap = self.bitmap(Of::Inodes, group, &descriptor)?;
+        let bitmap = self.bitmap(Of::Inodes, group, &descriptor)?;
         if !bit(&bitmap, at) {
             return Err(EditError::corrupt(Place::Inode(ino), "it is free, and something refers to it"));
         }
-        set(&mut bitmap, at..at + 1, false);
+        self.space.inodes_from.remove(&group);
         descriptor.set_free_inodes(descriptor.free_inodes() + 1);
         if kind == FileType::Directory {
             descriptor.set_directories(descriptor.directories().saturating_sub(1));
         }
-        self.put_bitmap(Of::Inodes, group, &mut descriptor, bitmap)?;
+        self.set_bits((Of::Inodes, group), &mut descriptor, bitmap, at..at + 1, false)?;
         let superblock = self.superblock_mut();
         superblock.free_inodes = superblock.free_inodes.get().saturating_add(1).into();
         Ok(())
+    }
+
+    /// How many blocks of a group are in use from an index on, and how many there are.
+    pub(super) fn used_blocks(&self, group: u32, from: u64) -> Result<(u64, u64)> {
+        let bitmap = self.bitmap(Of::Blocks, group, &self.descriptor(group)?)?;
+        let length = self.blocks_of(group).length;
+        let used = (index(from)..index(length)).filter(|at| bit(&bitmap, *at)).count();
+        Ok((used as u64, length - from))
+    }
+
+    /// The inodes of a group that are in use, those reserved included.
+    pub(super) fn inodes_in_use(&self, group: u32) -> Result<Vec<Ino>> {
+        let geometry = &self.filesystem.geometry;
+        let descriptor = self.descriptor(group)?;
+        let bitmap = self.bitmap(Of::Inodes, group, &descriptor)?;
+        let first = group * geometry.inodes_per_group + 1;
+        let used = (0..geometry.inodes_per_group).filter(|at| bit(&bitmap, *at as usize));
+        Ok(used.map(|at| first + at).collect())
+    }
+
+    /// Has a group end at an index, behind which so many blocks are free and all others nobody's any more.
+    pub(super) fn end_group(&mut self, group: u32, from: u64, free: u64) -> Result<()> {
+        let range = index(from)..index(self.blocks_of(group).length);
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mut descriptor = self.descriptor(group)?;
+        let bitmap = self.bitmap(Of::Blocks, group, &descriptor)?;
+        let left = u64::from(descriptor.free_blocks()).saturating_sub(free);
+        descriptor.set_free_blocks(u32::try_from(left).expect("fewer than before"));
+        self.set_bits((Of::Blocks, group), &mut descriptor, bitmap, range, true)
     }
 }
 
@@ -479,5 +587,9 @@ mod tests {
         assert_eq!(bitmap, [0xf8, 0x0f, 0, 0]);
         set(&mut bitmap, 4..5, false);
         assert!(!bit(&bitmap, 4) && bit(&bitmap, 5));
+        let bitmap = [0xff, 0xff, 0xf7, 0, 0];
+        assert_eq!((next(&bitmap, 0, 40, false), next(&bitmap, 19, 19, false)), (19, 19));
+        assert_eq!((next(&bitmap, 20, 40, false), next(&bitmap, 24, 40, true)), (24, 40));
+        assert_eq!((next(&bitmap, 3, 12, false), next(&bitmap, 19, 40, true)), (12, 20));
     }
 }

@@ -19,7 +19,7 @@ const FEWEST_IN_LAST: u64 = 50;
 
 /// How large a filesystem was and is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Grown {
+pub struct Resized {
     /// Bytes before.
     pub before: u64,
     /// Bytes now; less than was asked for where the rest makes no group.
@@ -74,11 +74,13 @@ impl Editor {
     ///
     /// A filesystem that this cannot be done with (meta_bg, no room for more descriptors), a journal too small; those of
     /// reading and writing. Cut at any moment, it has the old size or the new one.
-    pub fn grow(mut self, size: u64) -> Result<Grown> {
+    pub fn grow(mut self, size: u64) -> Result<Resized> {
         let numbers = self.filesystem.numbers();
         let block_size = u64::from(numbers.block_size);
         let before = numbers.blocks * block_size;
-        let Some(plan) = self.plan(size / block_size)? else { return Ok(Grown { before, after: before }) };
+        let Some(plan) = self.plan(size / block_size)? else { return Ok(Resized { before, after: before }) };
+        // Bitmaps are changed here as they are read.
+        self.seal_bitmaps()?;
         let mut descriptors = self.changed_descriptors(&plan)?;
         let mut free = plan.length(numbers.groups - 1) - (numbers.blocks - plan.start(numbers.groups - 1));
         let mut fresh: Vec<(Block, Vec<u8>)> = Vec::new();
@@ -96,7 +98,7 @@ impl Editor {
         self.write_blocks(fresh.iter().map(|(block, bytes)| (*block, &bytes[..])))?;
         self.sync()?;
         self.commit()?;
-        Ok(Grown { before, after: plan.blocks * block_size })
+        Ok(Resized { before, after: plan.blocks * block_size })
     }
 
     fn plan(&self, wanted: u64) -> Result<Option<Plan>> {
@@ -319,15 +321,7 @@ impl Editor {
             }
             blocks.extend(descriptors.iter().map(|(index, bytes)| (start + 1 + index, bytes.clone())));
             if group > 0 {
-                let mut copy = self.superblock().clone();
-                copy.block_group = u16::try_from(group).unwrap_or(u16::MAX).into();
-                copy.incompat = (copy.incompat.get() & !incompat::RECOVER).into();
-                if copy.has_ro_compat(ro_compat::METADATA_CSUM) {
-                    copy.seal();
-                }
-                let mut bytes = vec![0; plan.old.block_size as usize];
-                bytes[..copy.as_bytes().len()].copy_from_slice(copy.as_bytes());
-                blocks.push((start, bytes));
+                blocks.push((start, self.backup_of(group)));
             }
             for (block, bytes) in blocks {
                 if new {
@@ -338,6 +332,25 @@ impl Editor {
             }
         }
         Ok(())
+    }
+
+    /// The superblock as its backup in a group has it.
+    fn backup_of(&self, group: u32) -> Vec<u8> {
+        let mut copy = self.superblock().clone();
+        copy.block_group = u16::try_from(group).unwrap_or(u16::MAX).into();
+        copy.incompat = (copy.incompat.get() & !incompat::RECOVER).into();
+        if copy.has_ro_compat(ro_compat::METADATA_CSUM) {
+            copy.seal();
+        }
+        let mut bytes = vec![0; self.block_size() as usize];
+        bytes[..copy.as_bytes().len()].copy_from_slice(copy.as_bytes());
+        bytes
+    }
+
+    /// Puts the backup of the superblock into a group that begins at this block.
+    pub(super) fn stage_backup(&mut self, group: u32, start: Block) {
+        let bytes = self.backup_of(group);
+        self.filesystem.blocks.stage(start, bytes.into());
     }
 
     /// The inode that holds the blocks reserved for descriptors: those that are descriptors now go, and what stays has

@@ -4,6 +4,7 @@ use zerocopy::IntoBytes;
 
 use super::{EditError, Editor, Result};
 use crate::format::inode::{self, EXTRA_ISIZE, GOOD_OLD_SIZE};
+use crate::format::quota::Kind;
 use crate::format::{Attributes, Block, FileType, Ino, Timestamp};
 use crate::read::Place;
 
@@ -53,6 +54,13 @@ impl Raw {
         self.fields.extra_isize = room;
     }
 
+    /// Gives it a project, where it has room for one.
+    pub(super) fn set_project(&mut self, project: u32) {
+        if self.length() >= size_of::<inode::Inode>() {
+            self.fields.project = project.into();
+        }
+    }
+
     /// The content changed at that time.
     pub(super) fn touch(&mut self, now: Timestamp) {
         let attributes = self.fields.attributes();
@@ -93,7 +101,8 @@ impl Editor {
         self.load_any(ino)
     }
 
-    fn load_any(&self, ino: Ino) -> Result<Raw> {
+    /// An inode, whether it is in use or not.
+    pub(super) fn load_any(&self, ino: Ino) -> Result<Raw> {
         let (block, at) = self.inode_place(ino)?;
         let block = self.filesystem.blocks.metadata(block, Place::Inode(ino))?;
         let bytes = block[at..at + usize::from(self.filesystem.geometry.inode_size)].to_vec();
@@ -120,6 +129,7 @@ impl Editor {
         ino < first && ino != crate::format::ino::ROOT
             || superblock.has_compat(crate::format::superblock::compat::ORPHAN_FILE)
                 && ino == superblock.orphan_file_inum.get()
+            || Kind::ALL.iter().any(|kind| ino == superblock.quota_inum(*kind))
     }
 
     /// A new inode in the place of a free one.
@@ -136,7 +146,7 @@ impl Editor {
         Ok(raw)
     }
 
-    /// Puts an inode into its place, with its checksum.
+    /// Puts an inode into its place, with its checksum. What that changes in what its owners use is noted.
     pub(super) fn store(&mut self, mut raw: Raw) -> Result<()> {
         let length = raw.length();
         raw.bytes[..length].copy_from_slice(&raw.fields.as_bytes()[..length]);
@@ -144,9 +154,13 @@ impl Editor {
             inode::Inode::seal(&mut raw.bytes, raw.ino, seed);
         }
         let (block, at) = self.inode_place(raw.ino)?;
-        let mut bytes = self.filesystem.blocks.metadata(block, Place::Inode(raw.ino))?.to_vec();
-        bytes[at..at + raw.bytes.len()].copy_from_slice(&raw.bytes);
-        self.filesystem.blocks.stage(block, bytes.into());
+        let counted = self.counts_usage(raw.ino);
+        let place =
+            &mut self.filesystem.blocks.change(block, Place::Inode(raw.ino))?[at..at + raw.bytes.len()];
+        if counted {
+            self.usage.replace(place, &raw.bytes, self.filesystem.geometry.block_size);
+        }
+        place.copy_from_slice(&raw.bytes);
         Ok(())
     }
 

@@ -4,6 +4,8 @@
 //! is empty. The one write that lets the log begin is the moment of the change. Then the blocks go to their places, and the
 //! log is empty again. There is never more than one transaction in it, so no block needs to be revoked.
 
+use std::borrow::Cow;
+
 use zerocopy::FromBytes;
 use zerocopy::IntoBytes;
 
@@ -132,16 +134,21 @@ impl Journal {
     }
 
     /// The log of a transaction, block after block.
-    fn log(&self, changes: &[(Block, &[u8])], block_size: usize, now: super::Timestamp) -> Vec<Vec<u8>> {
+    fn log<'a>(
+        &self,
+        changes: &[(Block, &'a [u8])],
+        block_size: usize,
+        now: super::Timestamp,
+    ) -> Vec<Cow<'a, [u8]>> {
         let mut log = Vec::with_capacity(changes.len() + 2);
         for group in changes.chunks(self.tags(block_size)) {
             let mut descriptor = self.header(block_type::DESCRIPTOR).as_bytes().to_vec();
             let mut contents = Vec::with_capacity(group.len());
             for (number, (block, bytes)) in group.iter().enumerate() {
-                let mut bytes = bytes.to_vec();
+                let mut bytes = Cow::Borrowed(*bytes);
                 let mut flags = if number > 0 { tag_flag::SAME_UUID } else { 0 };
                 if bytes.starts_with(&MAGIC.to_be_bytes()) {
-                    bytes[..4].fill(0);
+                    bytes.to_mut()[..4].fill(0);
                     flags |= tag_flag::ESCAPE;
                 }
                 if number + 1 == group.len() {
@@ -159,7 +166,7 @@ impl Journal {
                 let sum = block_sum(self.superblock.seed(), &descriptor, at);
                 descriptor[at..].copy_from_slice(&sum.to_be_bytes());
             }
-            log.push(descriptor);
+            log.push(Cow::Owned(descriptor));
             log.append(&mut contents);
         }
         let commit = CommitHeader {
@@ -178,12 +185,17 @@ impl Journal {
             let sum = block_sum(self.superblock.seed(), &block, at);
             block[at..at + 4].copy_from_slice(&sum.to_be_bytes());
         }
-        log.push(block);
+        log.push(Cow::Owned(block));
         log
     }
 }
 
 impl Editor {
+    /// Blocks that a transaction may have in the journal, its descriptors included.
+    pub(super) fn journal_room(&self) -> usize {
+        usize::try_from(self.journal.last - self.journal.first).unwrap_or(0)
+    }
+
     /// Says where the log begins, 0 for an empty one, and which transaction is the next in it.
     fn set_journal(&mut self, start: u32, sequence: u32) -> Result<()> {
         let journal = &mut self.journal;
@@ -210,20 +222,21 @@ impl Editor {
         let size = u64::from(self.block_size());
         let (block, at) =
             (superblock::OFFSET / size, usize::try_from(superblock::OFFSET % size).unwrap_or(0));
-        let mut bytes = self.filesystem.blocks.metadata(block, Place::Superblock)?.to_vec();
         let (time, high) = Superblock::split_time(self.now);
         let superblock = self.superblock_mut();
         (superblock.write_time, superblock.write_time_high) = (time, high);
         let superblock = sealed(superblock.clone(), true);
+        let bytes = self.filesystem.blocks.change(block, Place::Superblock)?;
         bytes[at..at + superblock::SIZE].copy_from_slice(superblock.as_bytes());
-        self.filesystem.blocks.stage(block, bytes.into());
         Ok(())
     }
 
     /// Makes what was changed one transaction; all of it is in its place at the end.
     pub(super) fn write_transaction(&mut self) -> Result<()> {
+        self.seal_bitmaps()?;
         self.stage_superblock()?;
         let block_size = self.block_size();
+        // The blocks themselves are shared.
         let staged = self.filesystem.blocks.staged().clone();
         if staged.last_key_value().is_some_and(|(block, _)| *block >> 32 != 0)
             && !self.journal.has(feature::BITS64)

@@ -8,7 +8,7 @@
 //! changes nothing.
 //!
 //! - Blocks that a change frees are not used again before its commit: the old filesystem needs them.
-//! - What cannot be kept right (quotas, clusters, inline data, encryption …) is refused by its name before the first write.
+//! - What cannot be kept right (clusters, inline data, encryption …) is refused by its name before the first write.
 //! - A journal with changes in it is replayed first, which is as safe as the kernel's doing it.
 //! - A write of 4 KiB to an aligned place reaches the storage whole or not at all, as the kernel's ext4 assumes.
 
@@ -23,20 +23,20 @@ mod inodes;
 mod journal;
 mod map;
 mod operations;
+mod quota;
 mod storage;
 mod xattrs;
 
 pub use crate::format::{Attributes, FileType, Ino, Timestamp, Xattr};
 pub use error::{EditError, Result};
-pub use grow::Grown;
+pub use grow::Resized;
 pub use operations::{New, Where};
 pub use storage::Storage;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::format::Superblock;
 use crate::format::superblock::{compat, incompat, ro_compat, state};
-use crate::format::{Block, Superblock};
 use crate::read::{Filesystem, Options};
 use crate::write::directory::Form;
 use journal::Journal;
@@ -58,7 +58,9 @@ const RO_COMPAT: u32 = ro_compat::SPARSE_SUPER
     | ro_compat::GDT_CSUM
     | ro_compat::DIR_NLINK
     | ro_compat::EXTRA_ISIZE
-    | ro_compat::METADATA_CSUM;
+    | ro_compat::QUOTA
+    | ro_compat::METADATA_CSUM
+    | ro_compat::PROJECT;
 
 /// A filesystem that is being changed.
 pub struct Editor {
@@ -66,8 +68,9 @@ pub struct Editor {
     storage: Arc<dyn Storage>,
     journal: Journal,
     now: Timestamp,
-    /// Blocks freed since the last commit: first block to the one after the last.
-    freed: BTreeMap<Block, Block>,
+    space: groups::Space,
+    /// Changes of usage that are not in the quota files yet: bytes and inodes.
+    usage: quota::Usage,
     /// Whether a change failed in the middle.
     failed: bool,
 }
@@ -83,7 +86,15 @@ impl Editor {
         let filesystem = Filesystem::open(Shared(storage.clone()), Options::default())?;
         may_change(filesystem.superblock())?;
         let journal = Journal::open(&filesystem)?;
-        let mut editor = Editor { filesystem, storage, journal, now, freed: BTreeMap::new(), failed: false };
+        let mut editor = Editor {
+            filesystem,
+            storage,
+            journal,
+            now,
+            space: groups::Space::default(),
+            usage: quota::Usage::default(),
+            failed: false,
+        };
         if editor.filesystem.superblock().has_incompat(incompat::RECOVER) {
             editor.recover()?;
         }
@@ -121,7 +132,7 @@ impl Editor {
             }
             self.failed = false;
         }
-        self.freed.clear();
+        self.space.settle();
         Ok(())
     }
 
@@ -172,10 +183,8 @@ fn may_change(superblock: &Superblock) -> Result<()> {
         (incompat::INLINE_DATA, 0, "inline_data"),
         (incompat::ENCRYPT, 0, "encrypt"),
         (incompat::CASEFOLD, 0, "casefold"),
-        (0, ro_compat::QUOTA, "quota"),
         (0, ro_compat::BIGALLOC, "bigalloc"),
         (0, ro_compat::READONLY, "read-only"),
-        (0, ro_compat::PROJECT, "project"),
         (0, ro_compat::SHARED_BLOCKS, "shared_blocks"),
         (0, ro_compat::VERITY, "verity"),
     ];

@@ -166,6 +166,7 @@ impl Editor {
                 return Err(WriteError::Links(links).into());
             }
             let mut directory = editor.free_place(directory, name)?;
+            editor.is_of_project(&directory.raw, &raw)?;
             raw.fields.links = narrow(links).into();
             raw.touch_inode(editor.now);
             editor.store(raw)?;
@@ -238,10 +239,10 @@ impl Editor {
     }
 
     /// Does something; when it fails in the middle, nothing of this editor can be committed any more.
-    fn attempt<T>(&mut self, operation: impl FnOnce(&mut Editor) -> Result<T>) -> Result<T> {
+    pub(super) fn attempt<T>(&mut self, operation: impl FnOnce(&mut Editor) -> Result<T>) -> Result<T> {
         self.usable()?;
         let before = self.filesystem.blocks.stagings();
-        let result = operation(self);
+        let result = operation(self).and_then(|done| self.settle_usage().map(|()| done));
         self.failed = result.is_err() && before != self.filesystem.blocks.stagings();
         result
     }
@@ -291,6 +292,7 @@ impl Editor {
         let ino = self.allocate_inode(self.group_of(directory), kind)?;
         let mut raw = self.fresh(ino, kind)?;
         raw.set_attributes(attributes);
+        self.inherit_project(&above.raw, &mut raw);
         raw.fields.links = if kind == FileType::Directory { 2 } else { 1 }.into();
         match new {
             New::File => self.empty_map(&mut raw)?,
@@ -440,17 +442,21 @@ impl Editor {
         self.drop_inode(raw)
     }
 
-    /// Frees an inode with all that it has.
-    fn drop_inode(&mut self, mut raw: Raw) -> Result<()> {
-        let has_map = match self.kind(&raw)? {
+    /// Whether an inode has a map of blocks: not where its 60 bytes are something else.
+    pub(super) fn has_map(&self, raw: &Raw) -> Result<bool> {
+        Ok(match self.kind(raw)? {
             FileType::Regular | FileType::Directory => true,
             FileType::Symlink => {
                 let own = u64::from(raw.fields.xattr_block() != 0) * u64::from(self.block_size() / 512);
                 raw.has(flags::EXTENTS) || raw.fields.sectors(self.block_size()) > own
             }
             _ => false,
-        };
-        if has_map {
+        })
+    }
+
+    /// Frees an inode with all that it has.
+    fn drop_inode(&mut self, mut raw: Raw) -> Result<()> {
+        if self.has_map(&raw)? {
             self.release_content(&mut raw)?;
         }
         self.release_xattr_block(&mut raw)?;
@@ -498,6 +504,7 @@ impl Editor {
         let mut raw = self.load_to_change(slot.ino)?;
         let kind = self.kind(&raw)?;
         let mut target = self.directory(to.0)?;
+        self.is_of_project(&target.raw, &raw)?;
         let replaced = self.find_entry(&target, new_name)?;
         if let Some(replaced) = &replaced {
             if replaced.ino == slot.ino {

@@ -67,7 +67,7 @@ impl Editor {
     }
 
     /// Counts a block more or less of those that an inode has.
-    fn count_block(&self, raw: &mut Raw, more: i64) {
+    pub(super) fn count_block(&self, raw: &mut Raw, more: i64) {
         let sectors = raw.fields.sectors(self.block_size());
         let blocks = sectors / u64::from(self.block_size() / 512);
         raw.fields.set_blocks(blocks.saturating_add_signed(more), self.block_size());

@@ -14,6 +14,7 @@ pub mod hash;
 pub mod inode;
 pub mod journal;
 pub mod orphan;
+pub mod quota;
 pub mod superblock;
 mod time;
 pub mod xattr;

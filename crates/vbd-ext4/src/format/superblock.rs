@@ -316,6 +316,18 @@ impl Superblock {
         self.ro_compat.get() & features == features
     }
 
+    /// The inode of the quota file of a kind; 0 where there is none.
+    pub fn quota_inum(&self, kind: super::quota::Kind) -> super::Ino {
+        if !self.has_ro_compat(ro_compat::QUOTA) {
+            return 0;
+        }
+        match kind {
+            super::quota::Kind::User => self.user_quota_inum.get(),
+            super::quota::Kind::Group => self.group_quota_inum.get(),
+            super::quota::Kind::Project => self.project_quota_inum.get(),
+        }
+    }
+
     /// The seed of the checksums (metadata_csum).
     pub fn seed(&self) -> Seed {
         if self.has_incompat(incompat::CSUM_SEED) {

@@ -96,10 +96,35 @@ impl Blocks {
         self.staged.insert(block, bytes);
     }
 
+    /// A block of metadata, to change it in memory: copied once, when it is changed for the first time.
+    pub(crate) fn change(&mut self, block: Block, place: Place) -> Result<&mut [u8]> {
+        if !self.staged.contains_key(&block) {
+            let bytes = self.metadata(block, place)?;
+            self.staged.insert(block, bytes);
+        }
+        self.stagings += 1;
+        let staged = self.staged.get_mut(&block).expect("put there just now, at the latest");
+        Ok(Arc::make_mut(staged))
+    }
+
+    /// Whether a block was changed in memory.
+    pub(crate) fn is_staged(&self, block: Block) -> bool {
+        self.staged.contains_key(&block)
+    }
+
     /// Takes a change back: the block is nothing any more.
     pub(crate) fn unstage(&mut self, block: Block) {
         self.stagings += 1;
         self.staged.remove(&block);
+    }
+
+    /// That the source has something else in these blocks now.
+    pub(crate) fn forget(&self, first: Block, count: u64) {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let Cache { young, old } = &mut *cache;
+        for kept in [young, old] {
+            kept.retain(|block, _| !(first..first + count).contains(block));
+        }
     }
 
     /// A number that changes whenever a block is changed in memory.

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::format::quota;
+
 /// The result of reading.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -112,6 +114,8 @@ pub enum Place {
     Journal,
     /// A block of the journal.
     JournalBlock(u32),
+    /// The quota file of this kind.
+    Quota(quota::Kind),
 }
 
 impl fmt::Display for Place {
@@ -130,6 +134,7 @@ impl fmt::Display for Place {
             }
             Place::Journal => f.write_str("the journal"),
             Place::JournalBlock(block) => write!(f, "block {block} of the journal"),
+            Place::Quota(kind) => write!(f, "the {kind} quota file"),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Paths.
 
+use super::hashed::Hashed;
 use super::inode::Inode;
 use super::{Error, Filesystem, Result};
 use crate::format::{FileType, Ino, ino};
@@ -80,8 +81,10 @@ impl Filesystem {
 
     /// The entry of that name.
     fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<Inode>> {
-        if let Some(entry) = self.find_hashed(directory, name) {
-            return self.entry(&entry).map(Some);
+        match self.find_hashed(directory, name) {
+            Hashed::Found(entry) => return self.entry(&entry).map(Some),
+            Hashed::Absent => return Ok(None),
+            Hashed::Unknown => {}
         }
         for entry in self.entries(directory)? {
             let entry = entry?;

@@ -19,6 +19,7 @@ mod inode;
 pub(crate) mod journal;
 mod lookup;
 pub(crate) mod map;
+mod quota;
 pub(crate) mod raw;
 mod source;
 mod xattr;

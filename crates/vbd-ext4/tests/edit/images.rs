@@ -34,16 +34,18 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     text
 }
 
-/// e2fsck finds nothing, and says nothing but its five passes and the summary.
+/// Neither e2fsck nor the checker here finds anything, and e2fsck says nothing but its five passes and the summary.
 #[track_caller]
 pub(crate) fn check(image: &Path) {
     let text = run("e2fsck", &["-fn", image.to_str().expect("a plain path")]);
     let words = text.lines().filter(|line| !line.starts_with("Pass ") && !line.is_empty()).count();
     assert_eq!(words, 1, "e2fsck has something to say:\n{text}");
+    let report = vbd_ext4::check::check(part(image), &mut |_, _| {}).unwrap();
+    assert!(report.is_clean(), "{report:#?}");
 }
 
 /// The kinds of filesystems that are changed: arguments for mke2fs, or none for one of our own writer.
-pub(crate) const KINDS: [(&str, &[&str]); 14] = [
+pub(crate) const KINDS: [(&str, &[&str]); 16] = [
     ("ours", &[]),
     ("ext4", &["-t", "ext4"]),
     ("ext4 of 1 KiB", &["-t", "ext4", "-b", "1024"]),
@@ -58,7 +60,11 @@ pub(crate) const KINDS: [(&str, &[&str]); 14] = [
     ("no dir_index", &["-t", "ext4", "-O", "^dir_index", "-b", "1024"]),
     ("ext3", &["-t", "ext3"]),
     ("ext3 of 1 KiB", &["-t", "ext3", "-b", "1024"]),
+    ("quotas", &["-t", "ext4", "-O", "quota,project", "-E", ALL_QUOTAS]),
+    ("quotas of ext3 of 1 KiB", &["-t", "ext3", "-O", "quota", "-b", "1024"]),
 ];
+
+const ALL_QUOTAS: &str = "quotatype=usrquota:grpquota:prjquota";
 
 /// Makes an empty image of one of the kinds.
 pub(crate) fn image(directory: &TempDir, kind: &(&str, &[&str]), megabytes: u64) -> PathBuf {

@@ -8,4 +8,5 @@ mod model;
 mod operations;
 mod power;
 mod properties;
+mod quota;
 mod refused;

@@ -1,7 +1,7 @@
 //! Random changes, made to an image and to a tree in memory.
 
 use proptest::prelude::*;
-use vbd_ext4::edit::{EditError, Editor, New};
+use vbd_ext4::edit::{Attributes, EditError, Editor, New};
 use vbd_ext4::format::{FileType, ino::ROOT};
 
 use crate::images::{KINDS, check, edit, image, part};
@@ -244,8 +244,10 @@ fn apply(editor: &mut Editor, model: &mut Model, change: &Change) -> Result<(), 
         Change::Mode { which, mode } => {
             let Some(path) = model.pick(*which, |_| true) else { return Ok(()) };
             let ino = at(editor, &path);
-            editor.set_attributes(ino, &attributes(*mode))?;
-            model.all(ino, |node| (node.mode, node.owner) = (*mode, (7, 70_000)));
+            // Owners that come and go.
+            let uid = u32::from(*mode) << (mode % 20);
+            editor.set_attributes(ino, &Attributes { uid, ..attributes(*mode) })?;
+            model.all(ino, |node| (node.mode, node.owner) = (*mode, (uid, 70_000)));
         }
         Change::Xattrs { which, sizes } => {
             let Some(path) = model.pick(*which, |_| true) else { return Ok(()) };

@@ -9,8 +9,7 @@ use crate::operations::attributes;
 #[test]
 fn features_that_cannot_be_kept_right() {
     for (options, name) in [
-        (&["-t", "ext4", "-O", "quota"][..], "quota"),
-        (&["-t", "ext4", "-O", "bigalloc"], "bigalloc"),
+        (&["-t", "ext4", "-O", "bigalloc"][..], "bigalloc"),
         (&["-t", "ext4", "-O", "inline_data"], "inline_data"),
         (&["-t", "ext4", "-O", "encrypt"], "encrypt"),
         (&["-t", "ext4", "-O", "casefold"], "casefold"),

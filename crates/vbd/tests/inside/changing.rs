@@ -212,11 +212,11 @@ fn disks_that_are_not_changed() {
     }
     drop(lease);
     // Nothing is refused by halves: a feature that cannot be kept right is named.
-    run("mke2fs", &["-q", "-t", "ext4", "-O", "quota", "quota", "16M"], path);
+    run("mke2fs", &["-q", "-t", "ext4", "-O", "bigalloc", "clusters", "16M"], path);
     refused(
-        &vbd(&["mkdir", "quota:/x"], path),
+        &vbd(&["mkdir", "clusters:/x"], path),
         1,
-        &["quota: the filesystem cannot be changed: it has the feature quota"],
+        &["clusters: the filesystem cannot be changed: it has the feature bigalloc"],
     );
     run("mke2fs", &["-q", "-t", "ext2", "old", "16M"], path);
     refused(&vbd(&["mkdir", "old:/x"], path), 1, &["no journal", "tune2fs -j"]);
