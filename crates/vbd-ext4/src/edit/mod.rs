@@ -24,6 +24,7 @@ mod journal;
 mod map;
 mod operations;
 mod quota;
+mod shrink;
 mod storage;
 mod xattrs;
 

@@ -10,3 +10,4 @@ mod power;
 mod properties;
 mod quota;
 mod refused;
+mod shrunk;

@@ -11,6 +11,7 @@ mod identity;
 mod names;
 mod opened;
 mod shrink;
+mod smaller;
 
 pub use check::{Checked, check, repair};
 pub use clone::{CloneOptions, Cloned, clone, clone_of};

@@ -1,7 +1,9 @@
 //! `vbd shrink`: an image made smaller, filesystem, partition and file together.
 //!
-//! resize2fs moves blocks and inodes, which it does not do crash-safe: it works on a copy beside the image, which takes the
-//! image's place when all is done. Where the filesystem below shares blocks the copy costs nothing.
+//! That is done in place where it can be: the filesystem through its journal, then the partition table, then the end of the
+//! file; cut between them, the same command goes on. For what the journal cannot do there is resize2fs, which is not
+//! crash-safe: it works on a copy beside the image, which takes the image's place when all is done. Where the filesystem
+//! below shares blocks the copy costs nothing.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -16,11 +18,12 @@ use vbd_image::size::Human;
 use super::check::run;
 use super::copy::{copy, range};
 use super::device::{Device, Plain};
+use super::smaller::in_place;
 use super::{Disk, Volume};
 use crate::digest::hex;
 use crate::error::Context;
 use crate::process::e2fsprogs;
-use crate::{Error, Progress, Result, Step};
+use crate::{Error, Progress, Result, Step, Time};
 
 /// Bytes of an image's name that leave room in a name for what a shrink adds.
 const LONGEST: usize = 200;
@@ -34,13 +37,14 @@ pub struct Smaller {
     pub size: u64,
 }
 
-/// Makes an image `size` bytes large. It is another file afterwards: hard links to the old one stay with the old one.
+/// Makes an image `size` bytes large. Where that takes a copy, which is told, it is another file afterwards: hard links to
+/// the old one stay with the old one.
 ///
 /// # Errors
 ///
-/// A size that is larger, or below what is used; a damaged filesystem; resize2fs missing or failing. The image is then as
-/// it was.
-pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smaller> {
+/// A size that is larger, or below what is used; a damaged filesystem; resize2fs missing or failing. The image has then
+/// what it had, and is as large as it was.
+pub fn shrink(disk: Disk, size: u64, now: Time, progress: &mut dyn Progress) -> Result<Smaller> {
     let refuse = |why: String| Err(Error::Inside(format!("{}: {why}", disk.path.display())));
     let before = disk.size;
     if size >= before {
@@ -58,7 +62,11 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
         None => None,
         Some(table) => {
             let mut table = table.clone();
-            if let Some(problem) = table.problems.first() {
+            // What a shrink leaves that was cut between the table and the end of the file.
+            let moved = "has its backup before the disk's end: the disk has grown";
+            let problem = table.problems.iter().find(|problem| **problem != moved).copied();
+            table.problems.retain(|problem| *problem != moved);
+            if let Some(problem) = problem {
                 return refuse(format!("the partition table {problem}; repair it first"));
             }
             let end = super::grow::room(&table, size);
@@ -94,6 +102,18 @@ pub fn shrink(disk: Disk, size: u64, progress: &mut dyn Progress) -> Result<Smal
     };
     if let Some((volume, size)) = &volume {
         enough(&disk, volume, *size)?;
+    }
+    let done = match &volume {
+        Some((volume, size)) => in_place(&disk, volume, *size, now, progress)?,
+        None => true,
+    };
+    if done {
+        if let Some((table, ..)) = &table {
+            table.write(disk.plain()?, size).at("write the partition table of", &disk.path)?;
+        }
+        let file = disk.plain()?;
+        file.set_len(size).and_then(|()| file.sync_all()).at("make smaller", &disk.path)?;
+        return Ok(Smaller { before, size });
     }
 
     let directory = disk.path.canonicalize().at("find", &disk.path)?;

@@ -143,13 +143,48 @@ fn a_clone_on_failing_storage_has_no_name() {
     image::check(&new);
 }
 
+/// Takes the journal away, without which nothing is made smaller in place.
+fn without_journal(image: &Path) {
+    let mut tune2fs = Command::new("tune2fs");
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let done = tune2fs.args(["-O", "^has_journal"]).arg(image).env("PATH", path).output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+}
+
+#[test]
+fn a_shrink_in_place_on_failing_storage_can_be_done_again() {
+    let scratch = Scratch::new();
+    let (tree, disk) = (tree(&scratch), scratch.path("disk"));
+    build(&disk, &options(2 * SIZE, &tree)).unwrap();
+    let whole = image::read(&disk);
+    let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&path.metadata().unwrap());
+    let before = inode(&disk);
+    let shrunk = || upkeep::shrink(open(&disk), SIZE, NOW, &mut Silent);
+    let writes = [Failing::writes(512..u64::MAX, libc::EIO)];
+    for calls in [&Failing::flushes(libc::EIO)[..], &writes] {
+        let error = with_failing(calls, shrunk).unwrap_err();
+        assert!(is_eio(&error) || error.to_string().contains("flush"), "{error}");
+        assert_eq!(
+            (scratch.names(), disk.metadata().unwrap().len()),
+            (vec!["disk".to_owned(), "tree".to_owned()], 2 * SIZE)
+        );
+        assert!(image::read(&disk) == whole);
+    }
+    let done = shrunk().unwrap();
+    assert_eq!((done.before, done.size, inode(&disk)), (2 * SIZE, SIZE, before));
+    assert_eq!(disk.metadata().unwrap().len(), SIZE);
+    image::check(&disk);
+    assert!(image::read(&disk) == whole);
+}
+
 #[test]
 fn a_shrink_that_fails_or_was_killed_leaves_the_image() {
     let scratch = Scratch::new();
     let (tree, disk) = (tree(&scratch), scratch.path("disk"));
     build(&disk, &options(2 * SIZE, &tree)).unwrap();
+    without_journal(&disk);
     let (before, whole) = (bytes(&disk), image::read(&disk));
-    let shrunk = || upkeep::shrink(open(&disk), SIZE, &mut Silent);
+    let shrunk = || upkeep::shrink(open(&disk), SIZE, NOW, &mut Silent);
     // The programs that are started have none of it to flush with, either.
     let error = with_failing(&Failing::flushes(libc::EIO), shrunk).unwrap_err();
     assert!(error.to_string().contains("flush") || error.to_string().contains("e2fs"), "{error}");
@@ -172,6 +207,7 @@ fn a_killed_shrink_is_cleaned_up_by_the_next() {
     let scratch = Scratch::new();
     let (tree, disk) = (tree(&scratch), scratch.path("disk"));
     build(&disk, &options(2 * SIZE, &tree)).unwrap();
+    without_journal(&disk);
     let before = bytes(&disk);
     // Killed when the copy is made.
     let status = Command::new(std::env::current_exe().unwrap())
@@ -183,7 +219,7 @@ fn a_killed_shrink_is_cleaned_up_by_the_next() {
     assert!(!status.success());
     assert_eq!(scratch.names(), [".disk.lease", ".vbd-disk.shrunk", "disk", "tree"]);
     assert!(bytes(&disk) == before);
-    upkeep::shrink(open(&disk), SIZE, &mut Silent).unwrap();
+    upkeep::shrink(open(&disk), SIZE, NOW, &mut Silent).unwrap();
     assert_eq!(scratch.names(), ["disk", "tree"]);
     image::check(&disk);
 }
@@ -203,6 +239,6 @@ impl vbd_fs::Progress for Deadly {
 #[test]
 fn shrink_elsewhere() {
     if let Some(file) = std::env::var_os("VBD_TEST_FILE") {
-        upkeep::shrink(open(Path::new(&file)), SIZE, &mut Deadly).unwrap();
+        upkeep::shrink(open(Path::new(&file)), SIZE, NOW, &mut Deadly).unwrap();
     }
 }
