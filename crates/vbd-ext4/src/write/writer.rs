@@ -165,12 +165,17 @@ impl Writer {
         self.target.position(block)
     }
 
-    /// Gives out blocks, the next that are free.
+    /// Whether the blocks given out last may hold what somebody wrote to them who gave them back.
+    pub fn gives_again(&self) -> bool {
+        self.space.gives_again()
+    }
+
+    /// Gives out blocks, the next that are free; those that came back when no others are left.
     pub fn allocate(&mut self, blocks: u64) -> Result<Vec<Run>> {
         self.space.allocate(blocks)
     }
 
-    /// Takes blocks back that [`Writer::allocate`] gave and nothing uses. They are not given out again, and free in the end.
+    /// Takes blocks back that [`Writer::allocate`] gave and nothing uses.
     pub fn release(&mut self, run: Run) {
         self.space.release(run);
     }

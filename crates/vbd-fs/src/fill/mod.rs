@@ -124,6 +124,10 @@ impl Allocate for Image {
         }
     }
 
+    fn gives_again(&self) -> bool {
+        self.0.gives_again()
+    }
+
     fn release(&mut self, (start, length): Extent) {
         self.0.release(vbd_ext4::write::Run { start, length });
     }

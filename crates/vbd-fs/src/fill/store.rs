@@ -24,6 +24,10 @@ pub(crate) trait Allocate {
     fn allocate(&mut self, blocks: u64) -> Result<Option<Vec<Extent>>>;
     /// Takes blocks back.
     fn release(&mut self, extent: Extent);
+    /// Whether the blocks given out last may hold what was written to them before.
+    fn gives_again(&self) -> bool {
+        false
+    }
     /// Whether they are the image's.
     const PLACED: bool;
 }
@@ -133,6 +137,9 @@ impl<A: Allocate> Store<A> {
         let extents = if self.missing > 0 { None } else { self.allocator.allocate(count)? };
         if extents.is_none() {
             self.missing += count;
+        } else if self.allocator.gives_again() {
+            // What is still to be written may be for who had them before.
+            self.write_pending()?;
         }
         Ok(extents)
     }

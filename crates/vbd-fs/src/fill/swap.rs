@@ -25,7 +25,7 @@ pub(super) fn add(gather: &mut Gather<'_>, size: u64, now: Time) -> Result<()> {
     tailor::add_swap_file(gather, &format!("/{NAME}"))
 }
 
-/// Gives it its blocks, which are zeros in the image already. Where there is no room for them, the store counts them.
+/// Gives it its blocks, which are zeros in the image already unless somebody had them before. Where there is no room for them, the store counts them.
 ///
 /// # Errors
 ///
@@ -43,6 +43,15 @@ pub(super) fn place<A: Allocate>(plan: &mut Plan, store: &mut Store<A>) -> Resul
     store.note_part(crc32c::crc32c(start), &pieces);
     let mut runs = Vec::new();
     if let Some(extents) = store.allocate(count.into())? {
+        if store.allocator.gives_again() {
+            let zeros = vec![0; PIECE];
+            for &(start, count) in &extents {
+                for at in (0..count).step_by(PIECE / SIZE) {
+                    let blocks = usize::try_from(count - at).unwrap_or(usize::MAX).min(PIECE / SIZE);
+                    store.write(start + at, &zeros[..blocks * SIZE])?;
+                }
+            }
+        }
         assign(&pieces, &mut extents.into_iter(), &mut (0, 0), &mut runs);
     }
     if let Some(first) = runs.first() {

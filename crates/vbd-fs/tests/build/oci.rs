@@ -328,3 +328,43 @@ fn a_layer_that_leads_out() {
     let error = build(&scratch.path("x"), &from(&source)).unwrap_err().to_string();
     assert!(error.contains("too many links"), "{error}");
 }
+
+/// What a later layer replaces makes room for what replaces it; the same layers make the same bytes then, too.
+#[test]
+fn layers_together_are_larger_than_the_image() {
+    let scratch = Scratch::new();
+    let source = Layout::new(scratch.path("layout"));
+    let layers: Vec<Vec<u8>> = ["a", "b", "c", "d"]
+        .iter()
+        .map(|letter| {
+            layer(&[&format!("f small-{letter} text"), &format!("f large {}", letter.repeat(9 << 20))])
+        })
+        .collect();
+    source.index(&[source.image(&layers)]);
+    let from = format!("oci:{}", scratch.path("layout").display());
+    let mut options = from_layers(&from);
+    let images = ["one", "two"].map(|name| scratch.path(name));
+    for image in &images {
+        build(image, &options).unwrap();
+        image::check(image);
+        assert!(image::cat(image, "/large") == "d".repeat(9 << 20));
+        assert_eq!(image::cat(image, "/small-b"), "text");
+    }
+    let [one, two] = images.map(|image| std::fs::read(image).unwrap());
+    assert!(one == two, "the images differ");
+    // Twice as much at one time is too much.
+    options.spec.from = {
+        let both = layer(&[
+            &format!("f first {}", "e".repeat(14 << 20)),
+            &format!("f second {}", "f".repeat(14 << 20)),
+        ]);
+        source.index(&[source.image(&[layers[0].clone(), both])]);
+        from.parse().unwrap()
+    };
+    let error = build(&scratch.path("three"), &options).unwrap_err();
+    assert!(matches!(error, Error::NoRoom(_)), "{error}");
+}
+
+fn from_layers(source: &str) -> BuildOptions {
+    BuildOptions { time: Some(vbd_fs::Time { seconds: 1_700_000_000, nanoseconds: 0 }), ..from(source) }
+}
