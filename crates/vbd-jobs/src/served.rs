@@ -112,8 +112,9 @@ pub fn commit_served(
     progress: &dyn Progress,
 ) -> Result<Committed> {
     let target = crate::commit::target(spec)?;
-    // What a kill takes with it of what was written there the image still holds.
-    let target = ImageSpec { notes: false, ..target };
+    // What a kill takes with it of what was written there the image still holds. And guests wait while it is opened, so
+    // nobody else is waited for.
+    let target = ImageSpec { notes: false, lease_wait: Duration::ZERO, ..target };
     let into = vbd_formats::open_tracked(&target)?;
     let commit = Commit { into, track: session.track().cloned() };
     let written = with(session, pace, progress, |live, watch| live.commit(commit, watch))?;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
+use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup, Upkeep};
 use super::{
     Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, SnapshotInfo, SnapshotName, XenDevice,
 };
@@ -138,6 +138,21 @@ impl Client {
     /// Begins a backup of a disk.
     pub fn backup(&self, name: &str, backup: &NewBackup) -> Result<JobInfo, ClientError> {
         self.ask(Method::POST, &format!("/v1/disks/{}/backup", encode(name)), Some(backup))
+    }
+
+    /// Begins to copy into a disk's image all that it reads from others.
+    pub fn flatten(&self, name: &str, how: Upkeep) -> Result<JobInfo, ClientError> {
+        self.ask(Method::POST, &format!("/v1/disks/{}/flatten", encode(name)), Some(&how))
+    }
+
+    /// Begins to write what a disk's image holds to the one that it stands on.
+    pub fn commit(&self, name: &str, how: Upkeep) -> Result<JobInfo, ClientError> {
+        self.ask(Method::POST, &format!("/v1/disks/{}/commit", encode(name)), Some(&how))
+    }
+
+    /// Begins to make the file of a disk's image as short as it can be.
+    pub fn compact(&self, name: &str, how: Upkeep) -> Result<JobInfo, ClientError> {
+        self.ask(Method::POST, &format!("/v1/disks/{}/compact", encode(name)), Some(&how))
     }
 
     /// The jobs that run, and the last that have ended.

@@ -21,7 +21,7 @@ pub enum JobState {
 pub struct JobInfo {
     /// Its number.
     pub id: u64,
-    /// What it does: `backup`.
+    /// What it does: `backup`, `flatten`, `commit` or `compact`.
     pub kind: String,
     /// The disk it works on.
     pub disk: String,
@@ -69,6 +69,14 @@ pub struct NewBackup {
     pub threads: Option<usize>,
     /// Make images that stand on each other instead of chunks: a full one in this format, `raw` or `qcow2`.
     pub chain: Option<String>,
+}
+
+/// How a disk's image is worked on: flattened, committed, compacted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upkeep {
+    /// The most bytes a second that are moved; if left out, the job rests for as long as it works.
+    pub max_rate: Option<u64>,
 }
 
 /// A bitmap of a disk.

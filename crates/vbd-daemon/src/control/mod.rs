@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::config::Ublk;
 
 pub use client::Client;
-pub use jobs::{BitmapChange, BitmapInfo, JobInfo, JobState, NewBackup};
+pub use jobs::{BitmapChange, BitmapInfo, JobInfo, JobState, NewBackup, Upkeep};
 pub use server::ControlSocket;
 
 /// A serving process.

@@ -17,7 +17,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup};
+use super::{BitmapChange, BitmapInfo, JobInfo, NewBackup, Upkeep};
 use super::{
     Detach, DiskInfo, DiskStat, Grow, Grown, NewDisk, ProcessInfo, SnapshotInfo, SnapshotName, XenDevice,
 };
@@ -123,6 +123,9 @@ fn router(supervisor: Arc<Supervisor>) -> Router {
         .route("/v1/disks/{name}/detach", post(detach))
         .route("/v1/disks/{name}/bitmaps", get(bitmaps).post(change_bitmaps))
         .route("/v1/disks/{name}/backup", post(backup))
+        .route("/v1/disks/{name}/flatten", post(flatten))
+        .route("/v1/disks/{name}/commit", post(commit))
+        .route("/v1/disks/{name}/compact", post(compact))
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel_job))
@@ -189,6 +192,33 @@ async fn backup(
 ) -> Answer<JobInfo> {
     let backup = body(backup)?;
     blocking(move || supervisor.backup(&name, backup)).await
+}
+
+async fn flatten(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    how: Asked<Upkeep>,
+) -> Answer<JobInfo> {
+    let how = body(how)?;
+    blocking(move || supervisor.flatten(&name, how)).await
+}
+
+async fn commit(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    how: Asked<Upkeep>,
+) -> Answer<JobInfo> {
+    let how = body(how)?;
+    blocking(move || supervisor.commit(&name, how)).await
+}
+
+async fn compact(
+    State(supervisor): Server,
+    Segment(name): Segment<String>,
+    how: Asked<Upkeep>,
+) -> Answer<JobInfo> {
+    let how = body(how)?;
+    blocking(move || supervisor.compact(&name, how)).await
 }
 
 async fn jobs(State(supervisor): Server) -> Answer<Vec<JobInfo>> {

@@ -118,7 +118,7 @@ pub fn back_up(
 }
 
 impl Supervisor {
-    fn session(&self, name: &str) -> Result<Arc<dyn Session>, Fault> {
+    pub(super) fn session(&self, name: &str) -> Result<Arc<dyn Session>, Fault> {
         // The session that the guests have, or one for this alone, which takes the lease for a while.
         self.get(name)?.disk().open().map_err(Fault::from)
     }

@@ -2,6 +2,7 @@
 
 mod backup;
 mod front;
+mod images;
 mod jobs;
 mod reactors;
 mod served;

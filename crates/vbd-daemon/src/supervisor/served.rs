@@ -33,12 +33,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A disk that can be served and has no front-ends yet.
 pub(crate) struct Opened {
     config: DiskConfig,
+    /// How its image was opened; none where that was made by something else.
+    spec: Option<ImageSpec>,
     disk: Arc<dyn Disk>,
     session: Option<Arc<dyn Session>>,
 }
 
 pub(crate) struct Served {
     config: DiskConfig,
+    /// How its image was opened; none where that was made by something else.
+    spec: Option<ImageSpec>,
     disk: Arc<dyn Disk>,
     vhost_user: Option<VhostUser>,
     xen: Option<Face>,
@@ -80,24 +84,26 @@ pub(crate) fn open(config: DiskConfig, patience: Option<Instant>) -> Result<Open
     warn(&config, &image);
     // Closed before the disk is opened for good: a block device may be wanted alone.
     drop(image);
-    let disk = make(&config).map_err(|error| named(&config, error))?;
+    let spec = spec(&config).map_err(|error| named(&config, error))?;
+    let disk = vbd_formats::open_tracked(&spec).map_err(|error| named(&config, error))?;
     disk.inspect().map_err(|error| named(&config, error))?;
     let hold = config.nbd.is_some() && patience.is_some();
     let session = hold.then(|| disk.open().map_err(|error| named(&config, error))).transpose()?;
-    Ok(Opened { config, disk, session })
+    Ok(Opened { config, spec: Some(spec), disk, session })
 }
 
 /// A disk that is made already.
 pub(crate) fn made(config: DiskConfig, disk: Arc<dyn Disk>) -> Result<Opened, Fault> {
     let session = disk.open().map_err(|error| named(&config, error))?;
-    Ok(Opened { config, disk, session: Some(session) })
+    Ok(Opened { config, spec: None, disk, session: Some(session) })
 }
 
-fn make(config: &DiskConfig) -> vbd_core::Result<Arc<dyn Disk>> {
+/// How the image of a configuration's entry is opened.
+fn spec(config: &DiskConfig) -> vbd_core::Result<ImageSpec> {
     let secret = Secret::from_either(config.key_file.as_deref(), config.key_fd).map_err(|error| {
         vbd_core::Error::new(vbd_core::ErrorKind::Io, error.to_string()).of(config.path.display().to_string())
     })?;
-    vbd_formats::open_tracked(&ImageSpec {
+    Ok(ImageSpec {
         name: config.name.clone(),
         read_only: !config.access.is_writable(),
         share: config.access == Access::ReadWriteForce,
@@ -186,7 +192,7 @@ impl Opened {
         limits: Limits,
         drain: Duration,
     ) -> Result<Served, Fault> {
-        let Opened { config, disk, session } = self;
+        let Opened { config, spec, disk, session } = self;
         let bind = |socket: &PathBuf| VhostUser::bind(socket, &config, disk.clone(), reactors, limits, drain);
         let vhost_user = config.vhost_user.as_ref().map(bind).transpose()?;
         if let Some(export) = &config.nbd {
@@ -202,14 +208,14 @@ impl Opened {
         })?;
         let domain = config.xen.as_ref().zip(config.vdev);
         let xen = domain.map(|(domain, vdev)| Face::configured(domain, vdev));
-        Ok(Served { config, disk, vhost_user, xen, ublk, session: Mutex::new(session) })
+        Ok(Served { config, spec, disk, vhost_user, xen, ublk, session: Mutex::new(session) })
     }
 
     /// Only for the device that has this place.
     pub(crate) fn for_domain(self, face: Face) -> Served {
-        let Opened { config, disk, session } = self;
+        let Opened { config, spec, disk, session } = self;
         let session = Mutex::new(session);
-        Served { config, disk, vhost_user: None, xen: Some(face), ublk: None, session }
+        Served { config, spec, disk, vhost_user: None, xen: Some(face), ublk: None, session }
     }
 }
 
@@ -220,6 +226,11 @@ impl Served {
 
     pub(crate) fn config(&self) -> &DiskConfig {
         &self.config
+    }
+
+    /// How its image was opened.
+    pub(super) fn spec(&self) -> Option<&ImageSpec> {
+        self.spec.as_ref()
     }
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {

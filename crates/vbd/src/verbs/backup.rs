@@ -1,20 +1,16 @@
 //! `vbd backup`.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
-use anyhow::{Context, bail};
-use vbd_daemon::control::{Client, JobInfo, JobState, NewBackup};
+use anyhow::Context;
+use vbd_daemon::control::NewBackup;
 use vbd_image::size::{Human, Size};
-use vbd_jobs::Progress;
 use vbd_jobs::backup::Done;
 
+use super::job;
 use super::target::{self, Target};
 use crate::output::{print, print_json};
 use crate::progress::{Bar, stop_on_signals};
-
-/// How often a job is looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Back a disk up, as it is at one instant, into a store that many backups share; while guests write, if it is served.
 ///
@@ -82,7 +78,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let done = match args.target.find()? {
         Target::Served(found) => {
             let job = found.client.backup(&found.disk.name, &asked)?;
-            wait(&found.client, job, &bar).and_then(|value| Ok(serde_json::from_value(value)?))
+            job::wait(&found.client, job, &bar)
         }
         Target::File(file) => {
             let reads = !asked.checkpoint && asked.since.is_none();
@@ -100,28 +96,4 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let (size, read, stored) = (Human(size), Human(read), Human(stored));
     let since = parent.map(|parent| format!(" since {parent}")).unwrap_or_default();
     Ok(print(&format!("{name}: {size}, of which {read} were read{since} and {stored} stored\n"))?)
-}
-
-/// Watches a job until it ends, and passes on the wish to stop it.
-fn wait(client: &Client, mut job: JobInfo, bar: &Bar) -> anyhow::Result<serde_json::Value> {
-    let (mut step, mut shown, mut stopping) = (String::new(), 0, false);
-    loop {
-        match job.state {
-            JobState::Done => return Ok(job.result.unwrap_or_default()),
-            JobState::Failed => bail!("{}", job.problem.unwrap_or_default()),
-            JobState::Running => {}
-        }
-        if bar.is_cancelled() && !stopping {
-            client.cancel_job(job.id)?;
-            stopping = true;
-        }
-        if job.step != step {
-            bar.step(&job.step, job.total);
-            (step, shown) = (job.step.clone(), 0);
-        }
-        bar.advance(job.done.saturating_sub(shown));
-        shown = shown.max(job.done);
-        std::thread::sleep(LOOK_AGAIN);
-        job = client.job(job.id)?;
-    }
 }

@@ -1,31 +1,41 @@
 //! `vbd commit`.
 
-use std::path::PathBuf;
-
 use vbd_image::size::Human;
+use vbd_jobs::Committed;
 
-use super::image::ImageArgs;
+use super::job::{self, PaceArgs};
+use super::target::{self, Target};
 use crate::output::print;
 use crate::progress::{Bar, stop_on_signals};
 
 /// Write what an image holds into the backing file that it stands on. Other images that stand on the same file are
 /// destroyed by that.
 ///
-/// The image keeps what it holds, so that it is whole whenever this is interrupted; afterwards nobody needs it.
+/// Of a disk that is served, while guests go on: then the image holds nothing more than what they write from there on. A
+/// file that nobody serves keeps what it holds; afterwards nobody needs it. Whenever this is interrupted the image is
+/// whole.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The image; nobody may be using it, or its backing file
-    file: PathBuf,
     #[command(flatten)]
-    image: ImageArgs,
+    target: target::Args,
+    #[command(flatten)]
+    pace: PaceArgs,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let spec = args.image.spec(&args.file)?;
     let bar = Bar::new(stop_on_signals());
-    let result = vbd_jobs::commit(&spec, 8, &bar);
+    let done = match args.target.find()? {
+        Target::Served(found) => {
+            let job = found.client.commit(&found.disk.name, args.pace.served())?;
+            job::wait(&found.client, job, &bar)
+        }
+        Target::File(file) => {
+            args.pace.file()?;
+            vbd_jobs::commit(&args.target.spec(&file)?, 8, &bar).map_err(anyhow::Error::from)
+        }
+    };
     bar.clear();
-    let done = result?;
-    let (file, into) = (spec.path.display(), done.into.display());
-    Ok(print(&format!("{file}: {} written to {into}\n", Human(done.written)))?)
+    let Committed { into, written } = done?;
+    let name = args.target.name();
+    Ok(print(&format!("{name}: {} written to {}\n", Human(written), into.display()))?)
 }

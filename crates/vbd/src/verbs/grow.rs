@@ -16,9 +16,10 @@ use vbd_image::lease::{self, Lease};
 use vbd_image::open::{self, Kind};
 use vbd_image::size::{Human, Size, SizeError};
 
-use super::control::{self, unknown};
+use super::control;
 use super::device::{self, Opening};
 use super::image::ImageArgs;
+use super::target::{self, Target};
 use crate::output::print;
 
 /// Make a disk larger: one that is served, whose guest sees it at once, or a file.
@@ -62,23 +63,10 @@ impl FromStr for Amount {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let Some(Amount(to)) = args.size.or(args.to) else { bail!("no size") };
-    let file = Path::new(&args.target);
-    // A name has no slash in it; what has none is a name first.
-    let served = if args.target.contains('/') { None } else { args.control.find(&args.target)? };
-    let served = match served {
-        None if file.exists() => args.control.find_file(file)?,
-        other => other,
-    };
-    if served.is_none() && file.exists() && !args.file_only {
-        return inside(&args.image, file, to);
-    }
-    let (name, grown) = match served {
-        Some(found) => (found.disk.name.clone(), found.client.grow(&found.disk.name, to)?),
-        None if file.exists() => (args.target.clone(), offline(&args.image, file, to)?),
-        None if args.target.contains('/') => bail!("{}: there is no such file", file.display()),
-        None => {
-            return Err(unknown(&args.target).context(format!("{}: there is no such file", file.display())));
-        }
+    let (name, grown) = match target::find(&args.target, &args.control)? {
+        Target::Served(found) => (found.disk.name.clone(), found.client.grow(&found.disk.name, to)?),
+        Target::File(file) if args.file_only => (args.target.clone(), offline(&args.image, &file, to)?),
+        Target::File(file) => return inside(&args.image, &file, to),
     };
     Ok(print(&format!("{name}: {} -> {}\n", Human(grown.before), Human(grown.size)))?)
 }

@@ -23,6 +23,7 @@ mod grow;
 mod image;
 mod info;
 mod inside;
+mod job;
 mod list;
 mod man;
 mod map;

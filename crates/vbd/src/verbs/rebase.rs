@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use vbd_formats::{Format, Gate, ImageSpec};
 use vbd_image::size::Human;
-use vbd_jobs::NewBacking;
+use vbd_jobs::{Flattened, NewBacking};
 
 use super::image::ImageArgs;
+use super::job::{self, PaceArgs};
+use super::target::{self, Target};
 use crate::UsageError;
 use crate::output::print;
 use crate::progress::{Bar, stop_on_signals};
@@ -57,19 +59,32 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(print(&format!("{}: stands on {} now{text}\n", spec.path.display(), path.display()))?)
 }
 
-/// Copy all that an image reads from its backing files into it, so that it stands on none.
+/// Copy all that an image reads from its backing files into it, so that it stands on none; while guests use the disk,
+/// if it is served.
 #[derive(clap::Args)]
 pub(crate) struct FlattenArgs {
-    /// The image; nobody may be using it
-    file: PathBuf,
     #[command(flatten)]
-    image: ImageArgs,
+    target: target::Args,
+    #[command(flatten)]
+    pace: PaceArgs,
 }
 
 pub(crate) fn flatten(args: FlattenArgs) -> anyhow::Result<()> {
-    let spec = args.image.spec(&args.file)?;
-    let text = move_to(&spec, None)?;
-    Ok(print(&format!("{}: stands on no other image now{text}\n", spec.path.display()))?)
+    let text = match args.target.find()? {
+        Target::Served(found) => {
+            let bar = Bar::new(stop_on_signals());
+            let job = found.client.flatten(&found.disk.name, args.pace.served())?;
+            let done = job::wait(&found.client, job, &bar);
+            bar.clear();
+            let Flattened { copied } = done?;
+            format!(", {} copied", Human(copied))
+        }
+        Target::File(file) => {
+            args.pace.file()?;
+            move_to(&args.target.spec(&file)?, None)?
+        }
+    };
+    Ok(print(&format!("{}: stands on no other image now{text}\n", args.target.name()))?)
 }
 
 fn move_to(spec: &ImageSpec, new: Option<&NewBacking>) -> anyhow::Result<String> {

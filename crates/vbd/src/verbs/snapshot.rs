@@ -7,8 +7,8 @@ use vbd_daemon::control::SnapshotInfo;
 use vbd_image::size::Human;
 use vbd_jobs::Image;
 
-use super::control::{self, Found, unknown};
-use super::image::ImageArgs;
+use super::control::Found;
+use super::target::{self, Target};
 use crate::output::{Table, print, print_json};
 
 /// Keep a disk as it is now, inside its image, and go back to that later.
@@ -26,23 +26,11 @@ enum What {
     Delete(DeleteArgs),
 }
 
-/// Which disk.
-#[derive(clap::Args)]
-struct DiskArgs {
-    /// The name of a disk that is served, or a file
-    #[arg(value_name = "DISK")]
-    target: String,
-    #[command(flatten)]
-    image: ImageArgs,
-    #[command(flatten)]
-    control: control::Args,
-}
-
 /// Keep the disk's content as it is now, while its guests go on.
 #[derive(clap::Args)]
 struct NamedArgs {
     #[command(flatten)]
-    of: DiskArgs,
+    of: target::Args,
     /// The snapshot's name
     name: String,
 }
@@ -51,7 +39,7 @@ struct NamedArgs {
 #[derive(clap::Args)]
 struct ListArgs {
     #[command(flatten)]
-    of: DiskArgs,
+    of: target::Args,
     /// Print JSON, sizes in bytes, dates in seconds since 1970
     #[arg(long)]
     json: bool,
@@ -62,7 +50,7 @@ struct ListArgs {
 #[derive(clap::Args)]
 struct ApplyArgs {
     #[command(flatten)]
-    of: DiskArgs,
+    of: target::Args,
     /// The snapshot's number or name
     snapshot: String,
 }
@@ -71,7 +59,7 @@ struct ApplyArgs {
 #[derive(clap::Args)]
 struct DeleteArgs {
     #[command(flatten)]
-    of: DiskArgs,
+    of: target::Args,
     /// The snapshot's number or name
     snapshot: String,
 }
@@ -79,7 +67,7 @@ struct DeleteArgs {
 /// Where snapshots are kept.
 enum Place {
     /// By the process that serves the disk.
-    Served(Found),
+    Served(Box<Found>),
     /// In a file that nobody serves.
     File(Image, PathBuf),
 }
@@ -87,14 +75,14 @@ enum Place {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Create(args) => {
-            let made = match args.of.place(false)? {
+            let made = match place(&args.of, false)? {
                 Place::Served(found) => found.client.create_snapshot(&found.disk.name, &args.name)?,
                 Place::File(image, file) => live(&image, &file)?.create_snapshot(&args.name)?.into(),
             };
-            Ok(print(&format!("{}: snapshot {} \"{}\"\n", args.of.target, made.id, shown(&made.name)))?)
+            Ok(print(&format!("{}: snapshot {} \"{}\"\n", args.of.name(), made.id, shown(&made.name)))?)
         }
         What::List(args) => {
-            let snapshots = match args.of.place(true)? {
+            let snapshots = match place(&args.of, true)? {
                 Place::Served(found) => found.client.snapshots(&found.disk.name)?,
                 Place::File(image, file) => {
                     live(&image, &file)?.snapshots()?.into_iter().map(SnapshotInfo::from).collect()
@@ -102,36 +90,25 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             };
             list(&snapshots, args.json)
         }
-        What::Apply(args) => match args.of.place(false)? {
+        What::Apply(args) => match place(&args.of, false)? {
             Place::Served(found) => Ok(found.client.apply_snapshot(&found.disk.name, &args.snapshot)?),
             Place::File(image, file) => Ok(live(&image, &file)?.apply_snapshot(&args.snapshot)?),
         },
-        What::Delete(args) => match args.of.place(false)? {
+        What::Delete(args) => match place(&args.of, false)? {
             Place::Served(found) => Ok(found.client.delete_snapshot(&found.disk.name, &args.snapshot)?),
             Place::File(image, file) => Ok(live(&image, &file)?.delete_snapshot(&args.snapshot)?),
         },
     }
 }
 
-impl DiskArgs {
-    fn place(&self, read_only: bool) -> anyhow::Result<Place> {
-        let file = Path::new(&self.target);
-        // A name has no slash in it; what has none is a name first.
-        let served = if self.target.contains('/') { None } else { self.control.find(&self.target)? };
-        let served = match served {
-            None if file.exists() => self.control.find_file(file)?,
-            other => other,
-        };
-        if let Some(found) = served {
-            return Ok(Place::Served(found));
-        }
-        if !file.exists() && !self.target.contains('/') {
-            return Err(unknown(&self.target).context(format!("{}: there is no such file", file.display())));
-        }
-        let spec = self.image.spec(file)?;
-        let image = Image::open(&if read_only { spec.read_only() } else { spec })?;
-        Ok(Place::File(image, file.to_owned()))
-    }
+fn place(of: &target::Args, read_only: bool) -> anyhow::Result<Place> {
+    let file = match of.find()? {
+        Target::Served(found) => return Ok(Place::Served(found)),
+        Target::File(file) => file,
+    };
+    let spec = of.spec(&file)?;
+    let image = Image::open(&if read_only { spec.read_only() } else { spec })?;
+    Ok(Place::File(image, file))
 }
 
 fn live<'a>(image: &'a Image, file: &Path) -> anyhow::Result<&'a dyn Live> {

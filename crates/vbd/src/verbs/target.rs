@@ -31,19 +31,17 @@ pub(super) enum Target {
 impl Args {
     /// Finds out which it is.
     pub(super) fn find(&self) -> anyhow::Result<Target> {
-        let file = Path::new(&self.disk);
-        // A name has no slash in it; what has none is a name first.
-        let served = if self.disk.contains('/') { None } else { self.control.find(&self.disk)? };
-        let served = match served {
-            None if file.exists() => self.control.find_file(file)?,
-            other => other,
-        };
-        match served {
-            Some(found) => Ok(Target::Served(Box::new(found))),
-            None if file.exists() => Ok(Target::File(file.to_owned())),
-            None if self.disk.contains('/') => bail!("{}: there is no such file", file.display()),
-            None => Err(unknown(&self.disk).context(format!("{}: there is no such file", file.display()))),
-        }
+        find(&self.disk, &self.control)
+    }
+
+    /// How a file is to be opened, as it was said.
+    pub(super) fn image(&self) -> &ImageArgs {
+        &self.image
+    }
+
+    /// What it was called.
+    pub(super) fn name(&self) -> &str {
+        &self.disk
     }
 
     /// How a file is to be opened.
@@ -57,6 +55,23 @@ impl Args {
         let disk = vbd_formats::open_tracked(&spec)?;
         let session = disk.open()?;
         Ok(Open { session, _disk: disk })
+    }
+}
+
+/// Finds out whether a disk is one that is served, by its name or by its file, or a file that is not.
+pub(super) fn find(disk: &str, control: &control::Args) -> anyhow::Result<Target> {
+    let file = Path::new(disk);
+    // A name has no slash in it; what has none is a name first.
+    let served = if disk.contains('/') { None } else { control.find(disk)? };
+    let served = match served {
+        None if file.exists() => control.find_file(file)?,
+        other => other,
+    };
+    match served {
+        Some(found) => Ok(Target::Served(Box::new(found))),
+        None if file.exists() => Ok(Target::File(file.to_owned())),
+        None if disk.contains('/') => bail!("{}: there is no such file", file.display()),
+        None => Err(unknown(disk).context(format!("{}: there is no such file", file.display()))),
     }
 }
 

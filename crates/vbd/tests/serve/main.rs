@@ -6,3 +6,4 @@ mod formats;
 mod harness;
 mod paste;
 mod up;
+mod upkeep;
