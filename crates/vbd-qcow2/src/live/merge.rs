@@ -62,6 +62,9 @@ impl Qcow2Session {
             let alone = Alone::new(&image, &channel.io).await?;
             image.exchange_below(&channel.io, &alone, move || reader.open().map(Some)).await
         });
+        if let Err(error) = &back {
+            tracing::error!("{}: the image behind is not open for reading again: {error}", self.label());
+        }
         let written = done?;
         back?;
         watch.step("giving space back", 0);
