@@ -106,6 +106,12 @@ pub trait Session: Send + Sync {
         true
     }
 
+    /// A way to read the disk on the calling thread, without a reactor: for jobs that read all of it. Only a session that
+    /// nobody writes to has one, and only where its format knows how; everybody can read by a channel.
+    fn reader(self: Arc<Self>) -> Option<Arc<dyn Reader>> {
+        None
+    }
+
     /// What can be done with the disk beyond reading and writing it, where its format has it.
     fn live(&self) -> Option<&dyn Live> {
         None
@@ -123,6 +129,15 @@ pub trait Session: Send + Sync {
     fn keep_bitmaps(&self) -> Result<()> {
         Err(Error::new(ErrorKind::Unsupported, "the disk has no bitmaps"))
     }
+}
+
+/// Reads a disk with system calls of the calling thread, through the host's page cache. It keeps the session open.
+pub trait Reader: Send + Sync {
+    /// Fills the buffer from an offset (bytes) on. Blocks: never to be called on a reactor.
+    ///
+    /// # Errors
+    /// The range is not inside the disk, or what reading meets.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 }
 
 /// The way of one queue to its disk, on one reactor thread.

@@ -30,7 +30,7 @@ mod statistics;
 pub mod track;
 
 pub use client::Client;
-pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Session, Watchers};
+pub use disk::{Capabilities, Channel, Disk, Event, Geometry, Reader, Session, Watchers};
 pub use error::{Error, ErrorKind, Result};
 pub use flush::flush;
 pub use live::{Commit, Layer, LayerExtent, Live, Snapshot, Watch};

@@ -13,5 +13,6 @@ pub mod raw;
 mod read_at;
 pub mod sidecar;
 pub mod size;
+pub mod writeback;
 
 pub use read_at::ReadAt;

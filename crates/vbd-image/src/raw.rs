@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use vbd_core::file::{Backend, Cache, Faults, Options};
 use vbd_core::{
-    Capabilities, Channel, Disk, Error, ErrorKind, Event, Geometry, Result, Session, Statistics, Watchers,
+    Capabilities, Channel, Disk, Error, ErrorKind, Event, Geometry, Reader, Result, Session, Statistics,
+    Watchers,
 };
 use vbd_ring::Local;
 
@@ -162,6 +163,17 @@ impl Session for RawSession {
         self.backend.grow(size)?;
         self.shared.watchers.tell(Event::Resized(self.backend.size()));
         Ok(())
+    }
+
+    fn reader(self: Arc<Self>) -> Option<Arc<dyn Reader>> {
+        (self.backend.capabilities().read_only && self.backend.can_read_cached())
+            .then_some(self as Arc<dyn Reader>)
+    }
+}
+
+impl Reader for RawSession {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.backend.read_cached(offset, buffer)
     }
 }
 

@@ -16,6 +16,12 @@ pub trait ReadAt {
     fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
 }
 
+impl<R: ReadAt + ?Sized> ReadAt for &R {
+    fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        (**self).fill_at(offset, buffer)
+    }
+}
+
 impl ReadAt for File {
     fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;

@@ -76,6 +76,30 @@ pub fn read_padded_at<S: ReadAt + ?Sized>(source: &S, offset: u64, buffer: &mut 
     Ok(())
 }
 
+impl<S: Source + ?Sized> Source for &S {
+    fn length(&self) -> io::Result<u64> {
+        (**self).length()
+    }
+}
+
+impl<S: Storage + ?Sized> Storage for &S {
+    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        (**self).write_all_at(offset, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        (**self).sync()
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        (**self).set_len(length)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        (**self).punch(offset, length)
+    }
+}
+
 impl Source for File {
     fn length(&self) -> io::Result<u64> {
         // A block device has no length in its metadata; the end that can be sought is that of both.

@@ -1,5 +1,6 @@
 //! Making images: the header, the tables that a new image has, and room set aside in advance.
 
+mod builder;
 mod options;
 mod plan;
 
@@ -10,6 +11,7 @@ use rustix::io::Errno;
 use vbd_image::create::Draft;
 use vbd_image::size::Human;
 
+pub use builder::{BuildError, Builder, Placed};
 pub use options::{Backing, CreateOptions, DataFile, Preallocation, Version};
 pub use plan::{Measure, Measured};
 

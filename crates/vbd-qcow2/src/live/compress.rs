@@ -1,10 +1,10 @@
 //! Writing compressed clusters: compressed by whoever calls, placed one behind the other.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use flate2::{Compress, FlushCompress, Status};
 use vbd_core::memory::Buffer;
 use vbd_core::{Error, ErrorKind, Result};
 use vbd_ring::{Reactor, Remote, Settings};
@@ -13,9 +13,8 @@ use super::image::Image;
 use super::io::{Io, bytes};
 use super::map::{Entry, index_of};
 use crate::format::{Compression, L2Entry, Subclusters};
+use crate::pack::Packer;
 
-/// The window of deflated clusters, as a power of two: what other readers make room for.
-const WINDOW_BITS: u8 = 12;
 /// Compressed clusters begin at sectors, so that none is written by reading what is beside it.
 const SECTOR: u64 = 512;
 
@@ -162,48 +161,20 @@ impl Image {
 
 /// The compressed form of a cluster, where that is shorter by a sector at least.
 fn compress(compression: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> {
-    let most = cluster.len().saturating_sub(512);
-    let failed = |error: std::io::Error| Error::io("cannot compress", error);
-    let data = match compression {
-        Compression::Zstd => zstd::bulk::compress(cluster, 0).map_err(failed)?,
-        Compression::Zlib => {
-            let level = flate2::Compression::default();
-            let mut state = Compress::new_with_window_bits(level, false, WINDOW_BITS);
-            let mut data = Vec::with_capacity(most);
-            let status = state.compress_vec(cluster, &mut data, FlushCompress::Finish);
-            match status.map_err(|error| failed(error.into()))? {
-                Status::StreamEnd => data,
-                // There is no room for the rest.
-                Status::Ok | Status::BufError => return Ok(None),
-            }
-        }
-    };
-    Ok((data.len() <= most && !data.is_empty()).then_some(data))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::compressed::decompress;
-    use super::*;
-
-    #[test]
-    fn what_is_compressed_is_read_again() {
-        for compression in [Compression::Zlib, Compression::Zstd] {
-            for bits in [9, 12, 16, 21] {
-                let cluster: Vec<u8> =
-                    (0..1usize << bits).map(|at| (at / 7 % 9 + at / 5000 % 3).to_le_bytes()[0]).collect();
-                let Some(data) = compress(compression, &cluster).expect("possible") else { continue };
-                assert!(data.len() <= cluster.len() - 512);
-                assert_eq!(decompress(compression, &data, cluster.len()).expect("readable"), cluster);
-            }
-            let mut noise = vec![0; 65536];
-            let mut number = 1u64;
-            noise.iter_mut().for_each(|byte| {
-                number =
-                    number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                *byte = number.to_be_bytes()[0];
-            });
-            assert!(compress(compression, &noise).expect("possible").is_none());
-        }
+    thread_local! {
+        static PACKERS: RefCell<[Option<Packer>; 2]> = const { RefCell::new([None, None]) };
     }
+    let kind = match compression {
+        Compression::Zlib => 0,
+        Compression::Zstd => 1,
+    };
+    let packed = PACKERS.with_borrow_mut(|packers| {
+        let packer = match &mut packers[kind] {
+            Some(packer) => packer,
+            none => none.insert(Packer::new(compression)?),
+        };
+        let mut data = Vec::new();
+        Ok(packer.pack(cluster, &mut data)?.map(|_| data))
+    });
+    packed.map_err(|error: std::io::Error| Error::io("cannot compress", error))
 }

@@ -1,6 +1,5 @@
 //! Compressed clusters.
 
-use std::io::Read;
 use std::sync::Arc;
 
 use vbd_core::memory::copy;
@@ -10,6 +9,7 @@ use super::channel::Qcow2Channel;
 use super::io::{bytes, corrupt};
 use super::read::Target;
 use crate::format::{Compressed, Compression};
+use crate::pack::unpack;
 
 /// A compressed cluster that was read, decompressed.
 pub(super) struct Last {
@@ -62,9 +62,6 @@ impl Qcow2Channel {
 /// The cluster of `size` bytes that these bytes begin with the compressed form of.
 pub(crate) fn decompress(compression: Compression, data: &[u8], size: usize) -> std::io::Result<Vec<u8>> {
     let mut cluster = vec![0; size];
-    match compression {
-        Compression::Zlib => flate2::read::DeflateDecoder::new(data).read_exact(&mut cluster)?,
-        Compression::Zstd => zstd::stream::read::Decoder::with_buffer(data)?.read_exact(&mut cluster)?,
-    }
+    unpack(compression, data, &mut cluster)?;
     Ok(cluster)
 }

@@ -266,11 +266,15 @@ impl Image {
             return Err(self.corrupted(io, &message));
         }
         let read = io.read(offset, self.layout.cluster_len()).await?;
-        let fine = Table::new(index, &read, false);
-        let suspect = !self.is_sound(&fine);
-        let table = Arc::new(if suspect { Table::new(index, &read, true) } else { fine });
+        let table = Arc::new(self.looked_at(index, &read));
         self.tables.add(&table);
         Ok(Some(table))
+    }
+
+    /// The table out of its bytes.
+    pub(super) fn looked_at(&self, index: u64, bytes: &[u8]) -> Table {
+        let fine = Table::new(index, bytes, false);
+        if self.is_sound(&fine) { fine } else { Table::new(index, bytes, true) }
     }
 
     /// Whether every entry of a table may be used without another look.
@@ -322,14 +326,19 @@ impl Image {
         inside.then(|| format!("it leads to {from:#x}, where the image has a table of its own"))
     }
 
+    /// What makes an entry one that no correct image has.
+    pub(super) fn fault_of(&self, entry: Entry) -> Option<String> {
+        self.fault(entry, &mut self.counts.state().metadata.look(), self.data_end())
+    }
+
     /// Whether an entry is one that no correct image has.
     pub(super) fn is_faulty(&self, entry: Entry) -> bool {
-        self.fault(entry, &mut self.counts.state().metadata.look(), self.data_end()).is_some()
+        self.fault_of(entry).is_some()
     }
 
     /// An error where an entry is one that no correct image has.
     pub(super) fn check_entry(&self, io: &Io, entry: Entry, offset: u64) -> Result<()> {
-        let fault = self.fault(entry, &mut self.counts.state().metadata.look(), self.data_end());
+        let fault = self.fault_of(entry);
         let cluster = offset >> self.layout.cluster_bits;
         match fault {
             Some(fault) => {

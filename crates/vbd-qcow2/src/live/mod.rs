@@ -12,6 +12,7 @@ mod compact;
 mod compress;
 mod compressed;
 mod counts;
+mod direct;
 mod disk;
 mod flatten;
 mod grace;

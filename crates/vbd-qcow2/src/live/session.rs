@@ -4,8 +4,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vbd_core::{
-    Capabilities, Channel, Disk, Error, ErrorKind, Event, Flags, Geometry, Live, Result, Session, Statistics,
-    Watchers,
+    Capabilities, Channel, Disk, Error, ErrorKind, Event, Flags, Geometry, Live, Reader, Result, Session,
+    Statistics, Watchers,
 };
 use vbd_image::lease::Lease;
 use vbd_ring::Local;
@@ -14,6 +14,7 @@ use super::channel::Qcow2Channel;
 use super::commit::Quiet;
 use super::compress::Compressor;
 use super::counts::Freed;
+use super::direct::Direct;
 use super::disk::beside;
 use super::image::Image;
 use super::io::Io;
@@ -165,6 +166,10 @@ impl Session for Qcow2Session {
             Ok(image.log.is_on())
         });
         noted.unwrap_or(false)
+    }
+
+    fn reader(self: Arc<Self>) -> Option<Arc<dyn Reader>> {
+        Some(Direct::new(self)?)
     }
 
     fn live(&self) -> Option<&dyn Live> {
