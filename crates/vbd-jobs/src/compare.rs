@@ -5,7 +5,8 @@ use std::sync::Mutex;
 use vbd_core::client::Buffer;
 use vbd_core::{Client, ExtentKind};
 
-use crate::copy::{CHUNK, read_padded};
+use crate::copy::CHUNK;
+use crate::input::Input;
 use crate::ranges::{Chunk, Chunks, Turns, each, lock};
 use crate::zeroes::are_zero;
 use crate::{Progress, Result};
@@ -47,14 +48,15 @@ pub fn compare(one: &Client, other: &Client, threads: usize, progress: &dyn Prog
     let bytes = usize::try_from(CHUNK).expect("a chunk is small");
     let own = || (Buffer::new(bytes), Buffer::new(bytes));
     let turns = Turns::default();
+    let (shorter, longer) = (Input::new(shorter), Input::new(longer));
     each(chunks, threads, &turns, progress, own, |(left, right), chunk| {
         let found = if chunk.data {
             let len = usize::try_from(chunk.len).expect("data comes in chunks");
             longer.read(chunk.offset, left, len)?;
-            read_padded(shorter, chunk.offset, right, len)?;
+            shorter.read_padded(chunk.offset, right, len)?;
             differs(&left[..len], &right[..len]).map(|at| chunk.offset + at as u64)
         } else {
-            first_data(shorter, chunk, left)?
+            first_data(&shorter, chunk, left)?
         };
         // Chunks that others have begun come before those that nobody has.
         found.into_iter().for_each(note);
@@ -72,14 +74,15 @@ fn differs(left: &[u8], right: &[u8]) -> Option<usize> {
 }
 
 /// The first byte of a range of the disk that is not zero. The range may reach beyond its end.
-fn first_data(disk: &Client, chunk: Chunk, buffer: &mut Buffer) -> Result<Option<u64>> {
+fn first_data(input: &Input<'_>, chunk: Chunk, buffer: &mut Buffer) -> Result<Option<u64>> {
+    let disk = input.disk;
     let (mut at, end) = (chunk.offset, chunk.end().min(disk.size()));
     while at < end {
         for extent in disk.extents(at, end - at)? {
             let stop = at + extent.len;
             while extent.kind == ExtentKind::Data && at < stop {
                 let len = usize::try_from(stop - at).unwrap_or(usize::MAX).min(buffer.len());
-                disk.read(at, buffer, len)?;
+                input.read(at, buffer, len)?;
                 if !are_zero(&buffer[..len]) {
                     return Ok(buffer[..len]
                         .iter()

@@ -3,6 +3,9 @@
 //! The new image grows under a name of its own beside the one that it is to have, `.vbd-NAME.convert`, and gets its name
 //! when it is whole and durable. A job that was interrupted, by a kill or a power cut too, leaves that file and a journal
 //! that says how far it is; the next may go on from there.
+//!
+//! Raw and qcow2 images are written as files, in one go ([`fill`](crate::fill)); others, and those that have something set
+//! aside or elsewhere, by the engine that would serve them ([`copy`](crate::copy)).
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,9 +19,11 @@ use vbd_formats::{Format, ImageSpec, NewImage, Repair};
 use vbd_image::create;
 
 use crate::copy::Copy;
+use crate::fill::Fill;
 use crate::image::Image;
 use crate::journal::{FileId, Journal, sync_directory};
 use crate::ranges::lock;
+use crate::target::Target;
 use crate::{Error, Progress, Result, compare};
 
 /// How often what was written is made durable and noted.
@@ -53,8 +58,9 @@ pub struct ConvertOptions {
     pub verify: bool,
     /// What to do with what an interrupted job has left.
     pub leftover: Leftover,
-    /// The new image's use of the page cache.
-    pub cache: Cache,
+    /// Make the new image durable before it gets its name. Without that a power cut soon after can leave a file of that
+    /// name with anything in it, and a job that was interrupted cannot go on.
+    pub durable: bool,
 }
 
 impl ConvertOptions {
@@ -67,7 +73,7 @@ impl ConvertOptions {
             compress: false,
             verify: false,
             leftover: Leftover::default(),
-            cache: Cache::None,
+            durable: true,
         }
     }
 }
@@ -95,7 +101,9 @@ pub fn convert(
     progress: &dyn Progress,
 ) -> Result<Conversion> {
     let files = sources(source_spec)?;
-    let source = Image::open(&ImageSpec { read_only: true, ..source_spec.clone() })?;
+    // All of it is read once, and often it is in the page cache already.
+    let spec = ImageSpec { read_only: true, cache: Cache::Writeback, ..source_spec.clone() };
+    let source = Image::open(&spec)?;
     let mut image = options.target.clone();
     image.size = source.size();
     create::may_publish(target, image.replace)?;
@@ -104,54 +112,119 @@ pub fn convert(
         return Err(Error::Refused(format!("{}: {message}", target.display())));
     }
     let base = base(&image, target, source_spec)?;
-    let draft = Draft::new(target);
+    let draft =
+        Draft { way: if Target::fits(&image) { Way::File } else { Way::Engine }, ..Draft::new(target) };
     // The key is not shown: a draft of another one is not unlocked by this.
-    let journal = Journal::new(files, format!("{image:?}, compressed: {}", options.compress));
-    let (done, journal) = draft.begin(journal, options.leftover, &image)?;
-    let spec = ImageSpec {
-        cache: options.cache,
-        lease_wait: Duration::ZERO,
-        gate: image.gate(target, &source_spec.gate)?,
-        secret: image.secret.clone(),
-        ..ImageSpec::new(&draft.path, image.format())
+    let what = format!("{image:?}, compressed: {}, {:?}", options.compress, draft.way);
+    let (done, journal) = draft.begin(Journal::new(files, what), options.leftover, &image)?;
+    let work = Work {
+        source: &source,
+        base: base.as_deref(),
+        image: &image,
+        draft: &draft,
+        spec: ImageSpec {
+            lease_wait: Duration::ZERO,
+            gate: image.gate(target, &source_spec.gate)?,
+            secret: image.secret.clone(),
+            ..ImageSpec::new(&draft.path, image.format())
+        },
+        options,
+        progress,
     };
-    let fill = || -> Result<u64> {
-        // A new image has no bitmaps that would have to see this.
-        let made = Image::of(vbd_formats::open(&spec)?)?;
-        let keeper = Keeper::new(&made, &draft, journal);
-        let copy = Copy {
-            source: &source,
-            target: &made,
-            base: base.as_deref(),
-            threads: options.threads,
-            // A raw image has its order in itself.
-            ordered: options.ordered && image.format() != Format::Raw,
-            compress: options.compress,
-        };
-        let written = copy.run(done, progress, &|low| keeper.reached(low)).inspect_err(|_| {
-            // What can be kept is kept; the reason is of more interest than whether that worked.
-            let _ = keeper.note();
-        })?;
-        progress.step("flushing", 0);
-        made.flush()?;
-        if options.verify {
-            let compared = compare(&source, &made, options.threads, progress)?;
-            if let Some(difference) = compared.difference {
-                return Err(Error::ReadsBackWrong { path: target.to_owned(), offset: difference.offset });
-            }
-        }
-        Ok(written)
+    let filled = match draft.way {
+        Way::File => work.file(done, journal),
+        Way::Engine => work.engine(done, journal),
     };
-    let written = fill().map_err(|error| draft.left(error))?;
-    // The image is closed now, and with that whole.
-    fs::File::open(&draft.path)
-        .and_then(|file| file.sync_all())
-        .map_err(Error::io(target, "make it durable"))?;
+    let written = filled.map_err(|error| draft.left(target, error))?;
     create::publish(&draft.path, target, image.replace)?;
     // A journal without its draft would do no harm.
     let _ = fs::remove_file(&draft.journal);
-    sync_directory(target).map_err(Error::io(target, "make its name durable"))?;
+    if options.durable {
+        sync_directory(target).map_err(Error::io(target, "make its name durable"))?;
+    }
     Ok(Conversion { size: source.size(), written, resumed_at: done })
+}
+
+/// A conversion under way.
+struct Work<'a> {
+    source: &'a Client,
+    base: Option<&'a Client>,
+    image: &'a NewImage,
+    draft: &'a Draft,
+    /// How the draft is opened as an image.
+    spec: ImageSpec,
+    options: &'a ConvertOptions,
+    progress: &'a dyn Progress,
+}
+
+impl Work<'_> {
+    /// Writes the draft as a file.
+    fn file(&self, done: u64, journal: Journal) -> Result<u64> {
+        let options = self.options;
+        let target = Target::open(&self.draft.path, self.image, done, options.durable)?;
+        let fill = Fill {
+            source: self.source,
+            target: &target,
+            base: self.base,
+            threads: options.threads,
+            // A raw image has its order in itself.
+            ordered: options.ordered && self.image.format() != Format::Raw,
+            compress: options.compress,
+        };
+        let save = || target.save();
+        let keeper = Keeper::new(&save, self.draft, journal, options.durable);
+        let written =
+            fill.run(self.progress, &|low| keeper.reached(low)).inspect_err(|_| keeper.note_what_can_be())?;
+        self.progress.step("flushing", 0);
+        target.finish()?;
+        if options.verify {
+            // Its lease is the reader's.
+            drop(target);
+            self.verify(&*Image::open(&self.spec.clone().read_only())?)?;
+        }
+        Ok(written)
+    }
+
+    /// Has the engine of the draft's format write it.
+    fn engine(&self, done: u64, journal: Journal) -> Result<u64> {
+        let options = self.options;
+        // A new image has no bitmaps that would have to see this.
+        let made = Image::of(vbd_formats::open(&self.spec)?)?;
+        let save = || Ok(made.flush()?);
+        let keeper = Keeper::new(&save, self.draft, journal, options.durable);
+        let copy = Copy {
+            source: self.source,
+            target: &made,
+            base: self.base,
+            threads: options.threads,
+            ordered: options.ordered,
+            compress: options.compress,
+        };
+        let written = copy
+            .run(done, self.progress, &|low| keeper.reached(low))
+            .inspect_err(|_| keeper.note_what_can_be())?;
+        self.progress.step("flushing", 0);
+        made.flush()?;
+        if options.verify {
+            self.verify(&made)?;
+        }
+        // Closed it is whole.
+        drop(made);
+        let path = &self.draft.path;
+        let synced = fs::File::open(path).and_then(|file| file.sync_all());
+        synced.map_err(Error::io(path, "make it durable"))?;
+        Ok(written)
+    }
+
+    fn verify(&self, made: &Client) -> Result<()> {
+        let compared = compare(self.source, made, self.options.threads, self.progress)?;
+        match compared.difference {
+            Some(difference) => {
+                Err(Error::ReadsBackWrong { path: self.draft.path.clone(), offset: difference.offset })
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// What the new image stands on, where it does.
@@ -168,10 +241,18 @@ fn sources(source: &ImageSpec) -> Result<Vec<FileId>> {
     files.map(|path| FileId::of(path).map_err(Error::io(path, "look at it"))).collect()
 }
 
+/// How an image is written. What one has begun, the other cannot go on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    File,
+    Engine,
+}
+
 /// The file that becomes the image.
 struct Draft {
     path: PathBuf,
     journal: PathBuf,
+    way: Way,
 }
 
 impl Draft {
@@ -182,7 +263,7 @@ impl Draft {
             name.push(end);
             target.with_file_name(name)
         };
-        Draft { path: beside(".convert"), journal: beside(".journal") }
+        Draft { path: beside(".convert"), journal: beside(".journal"), way: Way::Engine }
     }
 
     /// Makes the draft, or takes up the one that is there; tells how far it is.
@@ -218,20 +299,27 @@ impl Draft {
             }
             _ => {}
         }
-        vbd_formats::create(&self.path, &NewImage { replace: true, ..image.clone() })?;
+        match self.way {
+            Way::File => Target::create(&self.path, image)?,
+            Way::Engine => vbd_formats::create(&self.path, &NewImage { replace: true, ..image.clone() })?,
+        }
         Ok((0, new))
     }
 
     /// Gives back what a kill or a power cut has left taken in the draft and not referred to.
     fn mend(&self, image: &NewImage) -> Result<()> {
-        if image.format() == Format::Qcow2 {
+        if image.format() == Format::Qcow2 && self.way == Way::Engine {
             vbd_formats::check(&ImageSpec::new(&self.path, Format::Qcow2), Some(Repair::All))?;
         }
         Ok(())
     }
 
     /// Says what is left, with an error after which the job can be taken up again.
-    fn left(&self, error: Error) -> Error {
+    fn left(&self, target: &Path, error: Error) -> Error {
+        let error = match error {
+            Error::ReadsBackWrong { offset, .. } => Error::ReadsBackWrong { path: target.to_owned(), offset },
+            other => other,
+        };
         let done = matches!(Journal::read(&self.journal), Ok(Some(journal)) if journal.done > 0);
         if !done || matches!(error, Error::ReadsBackWrong { .. }) {
             let _ = fs::remove_file(&self.journal);
@@ -247,8 +335,11 @@ impl Draft {
 
 /// Notes now and then how far the job is.
 struct Keeper<'a> {
-    target: &'a Client,
+    /// Makes durable what was written.
+    save: &'a (dyn Fn() -> Result<()> + Sync),
     draft: &'a Draft,
+    /// Whether there is anything to note: not of what is not to be durable.
+    notes: bool,
     state: Mutex<Kept>,
 }
 
@@ -260,16 +351,28 @@ struct Kept {
 }
 
 impl<'a> Keeper<'a> {
-    fn new(target: &'a Client, draft: &'a Draft, journal: Journal) -> Self {
+    fn new(
+        save: &'a (dyn Fn() -> Result<()> + Sync),
+        draft: &'a Draft,
+        journal: Journal,
+        notes: bool,
+    ) -> Self {
         let state = Kept { low: journal.done, journal, last: Instant::now() };
-        Keeper { target, draft, state: Mutex::new(state) }
+        Keeper { save, draft, notes, state: Mutex::new(state) }
+    }
+
+    /// Keeps what can be kept of a job that has failed. The reason is of more interest than whether that worked.
+    fn note_what_can_be(&self) {
+        if self.notes {
+            let _ = self.note();
+        }
     }
 
     fn reached(&self, low: u64) -> Result<()> {
         {
             let mut state = lock(&self.state);
             state.low = state.low.max(low);
-            if state.last.elapsed() < NOTE_EVERY {
+            if !self.notes || state.last.elapsed() < NOTE_EVERY {
                 return Ok(());
             }
             // The others go on; none of them does the same meanwhile.
@@ -280,7 +383,7 @@ impl<'a> Keeper<'a> {
 
     fn note(&self) -> Result<()> {
         let low = lock(&self.state).low;
-        self.target.flush()?;
+        (self.save)()?;
         let mut state = lock(&self.state);
         if low > state.journal.done {
             state.journal.done = low;

@@ -1,15 +1,14 @@
 //! Making one disk's content another's.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vbd_core::Client;
 use vbd_core::client::Buffer;
 
-use crate::ranges::{Chunk, Chunks, Turns, each, lock};
+use crate::input::Input;
+use crate::ranges::{Chunk, Chunks, Low, Turns, each};
 use crate::zeroes::{are_zero, runs};
 use crate::{Error, Progress, Result};
 
@@ -60,8 +59,9 @@ impl Copy<'_> {
         let own =
             || Buffers { data: Arc::new(Buffer::new(bytes)), base: self.base.map(|_| Buffer::new(bytes)) };
         let unit = usize::try_from(unit).expect("a unit is small");
+        let inputs = (Input::new(self.source), self.base.map(Input::new));
         each(chunks, self.threads, &turns, progress, own, |own, chunk| {
-            let done = self.chunk(own, chunk, unit, &turns)?;
+            let done = self.chunk(&inputs, own, chunk, unit, &turns)?;
             written.fetch_add(done, Ordering::Relaxed);
             mark(low.done(chunk))?;
             Ok(true)
@@ -69,7 +69,14 @@ impl Copy<'_> {
         Ok(written.into_inner())
     }
 
-    fn chunk(&self, own: &mut Buffers, chunk: Chunk, unit: usize, turns: &Turns) -> Result<u64> {
+    fn chunk(
+        &self,
+        (source, base): &(Input<'_>, Option<Input<'_>>),
+        own: &mut Buffers,
+        chunk: Chunk,
+        unit: usize,
+        turns: &Turns,
+    ) -> Result<u64> {
         if !chunk.data && self.base.is_none() {
             self.turn(chunk, turns, || ());
             return Ok(0);
@@ -82,10 +89,10 @@ impl Copy<'_> {
         let data = Arc::get_mut(&mut own.data);
         // Its last writer has been waited for, unless that was an error, which ended the job.
         let data = data.expect("a thread's buffer is its own between chunks");
-        self.source.read(chunk.offset, data, len)?;
-        let wanted = match (self.base, &mut own.base) {
+        source.read(chunk.offset, data, len)?;
+        let wanted = match (base, &mut own.base) {
             (Some(base), Some(below)) => {
-                read_padded(base, chunk.offset, below, len)?;
+                base.read_padded(chunk.offset, below, len)?;
                 runs(len, unit, |piece| data[piece.clone()] != below[piece])
             }
             _ => runs(len, unit, |piece| !are_zero(&data[piece])),
@@ -157,50 +164,5 @@ impl Copy<'_> {
             })?;
         }
         Ok(done)
-    }
-}
-
-/// Fills the first `len` bytes of a buffer from a disk that may end before them; what is missing is zeroes.
-pub(crate) fn read_padded(disk: &Client, offset: u64, buffer: &mut Buffer, len: usize) -> Result<()> {
-    let there = disk.size().saturating_sub(offset);
-    let there = usize::try_from(there).unwrap_or(usize::MAX).min(len);
-    if there > 0 {
-        disk.read(offset, buffer, there)?;
-    }
-    buffer[there..len].fill(0);
-    Ok(())
-}
-
-/// Below which offset every chunk is done.
-struct Low(Mutex<(u64, BTreeMap<u64, u64>)>);
-
-impl Low {
-    fn new(start: u64) -> Self {
-        Low(Mutex::new((start, BTreeMap::new())))
-    }
-
-    fn done(&self, chunk: Chunk) -> u64 {
-        let mut state = lock(&self.0);
-        let (low, later) = &mut *state;
-        later.insert(chunk.offset, chunk.end());
-        while let Some(entry) = later.first_entry().filter(|entry| entry.key() == low) {
-            *low = entry.remove();
-        }
-        *low
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_low_mark_waits_for_the_chunk_that_is_late() {
-        let low = Low::new(0);
-        let chunk = |offset, len| Chunk { number: 0, offset, len, data: true };
-        assert_eq!(low.done(chunk(10, 10)), 0);
-        assert_eq!(low.done(chunk(20, 5)), 0);
-        assert_eq!(low.done(chunk(0, 10)), 25);
-        assert_eq!(low.done(chunk(25, 1)), 26);
     }
 }

@@ -8,7 +8,9 @@ mod compare;
 mod convert;
 mod copy;
 mod error;
+mod fill;
 mod image;
+mod input;
 mod journal;
 mod layers;
 mod progress;
@@ -16,6 +18,7 @@ mod ranges;
 mod rebase;
 mod served;
 mod size;
+mod target;
 mod zeroes;
 
 pub use commit::{Committed, commit};

@@ -1,6 +1,6 @@
 //! A disk's range cut into pieces that threads take one after the other.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -211,6 +211,25 @@ where
     }
 }
 
+/// Below which offset every chunk is done.
+pub(crate) struct Low(Mutex<(u64, BTreeMap<u64, u64>)>);
+
+impl Low {
+    pub(crate) fn new(start: u64) -> Self {
+        Low(Mutex::new((start, BTreeMap::new())))
+    }
+
+    pub(crate) fn done(&self, chunk: Chunk) -> u64 {
+        let mut state = lock(&self.0);
+        let (low, later) = &mut *state;
+        later.insert(chunk.offset, chunk.end());
+        while let Some(entry) = later.first_entry().filter(|entry| entry.key() == low) {
+            *low = entry.remove();
+        }
+        *low
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -288,5 +307,15 @@ mod tests {
                 start += len;
             }
         }
+    }
+
+    #[test]
+    fn the_low_mark_waits_for_the_chunk_that_is_late() {
+        let low = Low::new(0);
+        let chunk = |offset, len| Chunk { number: 0, offset, len, data: true };
+        assert_eq!(low.done(chunk(10, 10)), 0);
+        assert_eq!(low.done(chunk(20, 5)), 0);
+        assert_eq!(low.done(chunk(0, 10)), 25);
+        assert_eq!(low.done(chunk(25, 1)), 26);
     }
 }

@@ -11,7 +11,8 @@ use vbd_core::Client;
 use vbd_core::client::Buffer;
 use vbd_formats::{Format, ImageSpec};
 
-use crate::copy::{CHUNK, read_padded};
+use crate::copy::CHUNK;
+use crate::input::Input;
 use crate::layers::{Below, live, no_snapshots};
 use crate::ranges::{Chunks, Turns, each};
 use crate::zeroes::{are_zero, runs};
@@ -31,23 +32,24 @@ pub(crate) fn copy_up(
 ) -> Result<u64> {
     let live = live(image, name)?;
     no_snapshots(live, name)?;
-    let below = Below { image, live, other: new };
+    let layers = Below { image, live, other: new };
     let size = image.size();
     progress.step("copying", size);
-    let chunks = Chunks::new(&below, 0, size, UNIT, CHUNK);
+    let chunks = Chunks::new(&layers, 0, size, UNIT, CHUNK);
     let bytes = usize::try_from(CHUNK).expect("a chunk is small");
     let unit = usize::try_from(UNIT).expect("a unit is small");
     let own = || (Buffer::new(bytes), Buffer::new(if new.is_some() { bytes } else { 0 }));
     let written = AtomicU64::new(0);
+    let below = new.map(Input::new);
     each(chunks, threads, &Turns::default(), progress, own, |(old, other), chunk| {
         if !chunk.data {
             return Ok(true);
         }
         let len = usize::try_from(chunk.len).expect("data comes in chunks");
         image.read(chunk.offset, old, len)?;
-        let wanted = match new {
+        let wanted = match &below {
             Some(new) => {
-                read_padded(new, chunk.offset, other, len)?;
+                new.read_padded(chunk.offset, other, len)?;
                 runs(len, unit, |piece| old[piece.clone()] != other[piece])
             }
             None => runs(len, unit, |piece| !are_zero(&old[piece])),

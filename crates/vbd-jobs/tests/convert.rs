@@ -9,6 +9,7 @@ use vbd_core::file::Fault;
 use vbd_formats::{Format, ImageSpec, NewImage};
 use vbd_jobs::{ConvertOptions, Error, Image, Leftover, Progress, Silent, compare, convert};
 use vbd_ring::Op;
+use vbd_testing::{Failing, with_failing};
 
 const MIB: usize = 1 << 20;
 
@@ -36,6 +37,10 @@ fn source(dir: &Path) -> (PathBuf, Vec<u8>) {
         }
     }
     (path, bytes)
+}
+
+fn to_qcow2() -> ConvertOptions {
+    ConvertOptions::new(NewImage::new(Format::Qcow2, 0).unwrap())
 }
 
 fn to_raw() -> ConvertOptions {
@@ -177,4 +182,124 @@ fn the_first_difference_is_found() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[1], (39 << 20) + 5).unwrap();
     let compared = compare(&open(&longer), &open(&path), 4, &Silent).unwrap();
     assert_eq!(compared.difference.map(|difference| difference.offset), Some((39 << 20) + 5));
+}
+
+/// Errors of the calls that write, and of those that make it durable: nothing under the name that the image is to have, and
+/// nothing is left of what was not noted.
+#[test]
+fn a_target_that_cannot_be_written_is_no_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = source(dir.path());
+    let spec = ImageSpec::new(&path, Format::Raw);
+    let target = dir.path().join("new");
+    let everything = 0..u64::MAX;
+    // The header is written last; the tables before it lie behind the data.
+    let failures: [(&str, Vec<Failing>); 6] = [
+        ("writes", vec![Failing::writes(everything, libc::EIO)]),
+        ("room", vec![Failing::writes(4 << 20..u64::MAX, libc::ENOSPC)]),
+        ("the header", vec![Failing::writes(0..1, libc::EIO)]),
+        ("flushes", Failing::flushes(libc::EIO).to_vec()),
+        ("the length", vec![Failing::every(libc::SYS_ftruncate, libc::ENOSPC)]),
+        ("reads", vec![Failing::every(libc::SYS_pread64, libc::EIO)]),
+    ];
+    for (what, failing) in failures {
+        let qcow2 = to_qcow2();
+        let mut packed = to_qcow2();
+        packed.compress = true;
+        if let vbd_formats::Kind::Qcow2(kind) = &mut packed.target.kind {
+            kind.compression = vbd_qcow2::format::Compression::Zstd;
+        }
+        for (kind, options) in [("raw", to_raw()), ("qcow2", qcow2), ("compressed", packed)] {
+            // A raw image has no header, but a first block.
+            let options = ConvertOptions { leftover: Leftover::Restart, ..options };
+            let error = with_failing(&failing, || convert(&spec, &target, &options, &Silent)).unwrap_err();
+            assert!(!target.exists(), "{what}, {kind}");
+            if error.to_string().contains("--resume") {
+                // What was written before is noted, and is a beginning.
+                let options = ConvertOptions { leftover: Leftover::Resume, verify: true, ..options };
+                convert(&spec, &target, &options, &Silent).unwrap();
+                fs::remove_file(&target).unwrap();
+            }
+            assert_eq!(leftovers(dir.path()), [""; 0], "{what}, {kind}: {error}");
+        }
+    }
+    // Nothing of that has harmed what comes after it.
+    let again = ConvertOptions { verify: true, leftover: Leftover::Restart, ..to_qcow2() };
+    convert(&spec, &target, &again, &Silent).unwrap();
+    assert_eq!(leftovers(dir.path()), [""; 0]);
+}
+
+/// Every kind of image, stopped somewhere, a damaged or foreign draft, and on to the end.
+#[test]
+fn an_image_that_was_stopped_goes_on_in_every_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, bytes) = source(dir.path());
+    let spec = ImageSpec::new(&path, Format::Raw);
+    for (number, (cluster, compress, ordered)) in [
+        (65536u64, false, true),
+        (65536, true, true),
+        (4096, true, false),
+        (512, false, true),
+        (2 << 20, false, true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let target = dir.path().join(format!("new{number}"));
+        let mut image = NewImage::new(Format::Qcow2, 0).unwrap();
+        if let vbd_formats::Kind::Qcow2(options) = &mut image.kind {
+            options.cluster_size = cluster;
+        }
+        let one = ConvertOptions { threads: 1, compress, ordered, ..ConvertOptions::new(image) };
+        let mut options = one.clone();
+        for stop in [5u64 << 20, 4 << 20, 9 << 20] {
+            let stopped = convert(&spec, &target, &options, &StopAfter(AtomicU64::new(stop))).unwrap_err();
+            assert!(stopped.to_string().contains("--resume"), "{stopped}");
+            assert!(!target.exists());
+            options = ConvertOptions { leftover: Leftover::Resume, threads: 4, ..one.clone() };
+        }
+        // Other options are another image.
+        let other = ConvertOptions { compress: !compress, ..options.clone() };
+        let refused = convert(&spec, &target, &other, &Silent).unwrap_err().to_string();
+        assert!(refused.contains("--restart"), "{refused}");
+        let done = convert(&spec, &target, &ConvertOptions { verify: true, ..options }, &Silent).unwrap();
+        assert!(done.resumed_at >= 16 << 20, "{done:?}");
+        assert_eq!(leftovers(dir.path()), [""; 0]);
+        let seen = vbd_testing::qemu::check(&target);
+        assert_eq!((seen.errors, seen.leaks), (0, 0), "{cluster}: {}", seen.said);
+        let image = Image::open(&ImageSpec::new(&target, Format::Qcow2).read_only()).unwrap();
+        let mut read = vec![0; bytes.len()];
+        image.read_at(0, &mut read).unwrap();
+        assert!(read == bytes, "{cluster}");
+    }
+}
+
+#[test]
+fn a_draft_that_is_not_what_its_journal_says_is_no_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = source(dir.path());
+    let (spec, target) = (ImageSpec::new(&path, Format::Raw), dir.path().join("new"));
+    let one = ConvertOptions { threads: 1, ..to_qcow2() };
+    convert(&spec, &target, &one, &StopAfter(AtomicU64::new(8 << 20))).unwrap_err();
+    fs::write(dir.path().join(".vbd-new.convert"), vec![0xff; 1 << 20]).unwrap();
+    let resume = ConvertOptions { leftover: Leftover::Resume, ..one.clone() };
+    let refused = convert(&spec, &target, &resume, &Silent).unwrap_err().to_string();
+    assert!(refused.contains("begin anew"), "{refused}");
+    let restart = ConvertOptions { leftover: Leftover::Restart, verify: true, ..one };
+    convert(&spec, &target, &restart, &Silent).unwrap();
+}
+
+/// What is not to be durable is as whole, and what is left of it when it was stopped is nothing.
+#[test]
+fn without_durability_nothing_can_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, bytes) = source(dir.path());
+    let (spec, target) = (ImageSpec::new(&path, Format::Raw), dir.path().join("new"));
+    let quick = ConvertOptions { threads: 1, durable: false, ..to_raw() };
+    let stopped = convert(&spec, &target, &quick, &StopAfter(AtomicU64::new(8 << 20))).unwrap_err();
+    assert!(matches!(stopped, Error::Cancelled), "{stopped}");
+    assert_eq!(leftovers(dir.path()), [""; 0]);
+    // Nor does it need what makes things durable.
+    with_failing(&Failing::flushes(libc::EIO), || convert(&spec, &target, &quick, &Silent)).unwrap();
+    assert!(fs::read(&target).unwrap() == bytes);
 }

@@ -310,11 +310,13 @@ fn damage_is_found_and_mended() {
     here.disk("disk");
     here.ok(&["convert", "disk", "one", "--to", "qcow2"]);
     assert!(here.ok(&["check", "one", "--format", "qcow2"]).starts_with("one: clean\n"));
-    // A cluster that nothing refers to: a count in the refcount block behind the header and the table.
+    // A cluster that nothing refers to: a count in the refcount block, which the header and its table lead to.
     let mut bytes = fs::read(here.path("one")).unwrap();
     let end = bytes.len();
     bytes.resize(end + 65_536, 1);
-    let count = 2 * 65_536 + end / 65_536 * 2;
+    let number =
+        |at: usize| usize::try_from(u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())).unwrap();
+    let count = number(number(48)) + end / 65_536 * 2;
     bytes[count + 1] = 1;
     fs::write(here.path("one"), bytes).unwrap();
     let found = here.vbd(&["check", "one", "--format", "qcow2"]);

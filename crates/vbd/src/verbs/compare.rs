@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use vbd_core::file::Cache;
 use vbd_formats::{Format, ImageSpec};
 use vbd_image::size::Human;
 use vbd_jobs::Image;
@@ -63,7 +64,9 @@ fn compare(args: &Args) -> anyhow::Result<bool> {
     let open = |file: &PathBuf, format, option| -> anyhow::Result<Image> {
         let format = super::format_of(file, format, option)?;
         let (gate, secret) = (args.gate.gate(), secret.clone());
-        let spec = ImageSpec { share: args.force, gate, secret, ..ImageSpec::new(file, format) };
+        // All of it is read once, and often it is in the page cache already.
+        let cache = Cache::Writeback;
+        let spec = ImageSpec { share: args.force, cache, gate, secret, ..ImageSpec::new(file, format) };
         Ok(Image::open(&spec.read_only())?)
     };
     let first = open(&args.first, args.format, "--format")?;

@@ -46,6 +46,10 @@ pub(crate) struct Args {
     /// Read the new image back and compare
     #[arg(long)]
     verify: bool,
+    /// Leave it to the kernel when the new image reaches the storage: sooner done, and a power cut soon after may leave anything
+    /// under its name
+    #[arg(long, conflicts_with = "resume")]
+    no_sync: bool,
     /// Go on where an interrupted conversion stopped
     #[arg(long, conflicts_with = "restart")]
     resume: bool,
@@ -114,6 +118,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         ordered: !args.unordered,
         compress: args.compress.is_some(),
         verify: args.verify,
+        durable: !args.no_sync,
         leftover: match (args.resume, args.restart) {
             (true, _) => Leftover::Resume,
             (_, true) => Leftover::Restart,
