@@ -125,7 +125,8 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn race(&self, name: &str, rounds: usize, ways: Vec<Way>, results: &mut Results) -> Result<()> {
-        Race { name, rounds: rounds.min(self.plan.runs), ways }.run(self.plan, &mut results.build)
+        Race { name, rounds: rounds.min(self.plan.runs), settle: false, ways }
+            .run(self.plan, &mut results.build)
     }
 
     fn debian(&self, results: &mut Results) -> Result<()> {

@@ -56,6 +56,8 @@ pub(crate) struct Way {
 pub(crate) struct Race<'a> {
     pub(crate) name: &'a str,
     pub(crate) rounds: usize,
+    /// Whether each way begins with nothing left to be written to storage by the one before.
+    pub(crate) settle: bool,
     pub(crate) ways: Vec<Way>,
 }
 
@@ -69,7 +71,7 @@ impl Race<'_> {
         for round in 0..self.rounds {
             self.ways.retain(|way| {
                 let timing = work.entry(way.name.to_owned()).or_default();
-                match way.once(round == 0) {
+                match way.once(self.settle, round == 0) {
                     Ok((seconds, peak_kib)) => {
                         timing.seconds.push(seconds);
                         timing.peak_kib.push(peak_kib);
@@ -90,8 +92,11 @@ impl Race<'_> {
 
 impl Way {
     /// Seconds, and KiB of memory at most.
-    fn once(&self, check: bool) -> Result<(f64, f64)> {
+    fn once(&self, settle: bool, check: bool) -> Result<(f64, f64)> {
         self.clear()?;
+        if settle {
+            rustix::fs::sync();
+        }
         let mut said = tempfile::tempfile()?;
         let mut command = (self.command)();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
@@ -154,15 +159,16 @@ mod tests {
     #[test]
     fn time_and_memory_are_those_of_the_process() {
         // A buffer of 64 MiB.
-        let (seconds, peak_kib) =
-            way("sleep 0.1; exec dd if=/dev/zero of=/dev/null bs=64M count=1", vec![]).once(true).unwrap();
+        let (seconds, peak_kib) = way("sleep 0.1; exec dd if=/dev/zero of=/dev/null bs=64M count=1", vec![])
+            .once(false, true)
+            .unwrap();
         assert!(seconds >= 0.1, "{seconds} s");
         assert!((64.0 * 1024.0..1024.0 * 1024.0).contains(&peak_kib), "{peak_kib} KiB");
     }
 
     #[test]
     fn failures_say_what_the_program_said() {
-        let error = way("echo no room >&2; exit 3", vec![]).once(false).unwrap_err().to_string();
+        let error = way("echo no room >&2; exit 3", vec![]).once(false, false).unwrap_err().to_string();
         assert!(error.contains('3') && error.contains("no room"), "{error}");
     }
 
@@ -172,7 +178,7 @@ mod tests {
         let (file, tree) = (dir.path().join("file"), dir.path().join("tree"));
         fs::write(&file, "old").unwrap();
         fs::create_dir_all(tree.join("below")).unwrap();
-        way("true", vec![file.clone(), tree.clone(), dir.path().join("absent")]).once(false).unwrap();
+        way("true", vec![file.clone(), tree.clone(), dir.path().join("absent")]).once(false, false).unwrap();
         assert!(!file.exists() && !tree.exists());
     }
 }

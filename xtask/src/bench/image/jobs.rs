@@ -18,6 +18,11 @@ use crate::bench::{Plan, output};
 pub(super) const TO_QCOW2: &str = "image/convert-raw-to-qcow2";
 pub(super) const TO_RAW: &str = "image/convert-qcow2-to-raw";
 pub(super) const TO_ZSTD: &str = "image/convert-raw-to-zstd";
+/// The same, with nobody seeing to it that the new image is durable.
+pub(super) const TO_QCOW2_CACHED: &str = "image/convert-cached-raw-to-qcow2";
+pub(super) const TO_RAW_CACHED: &str = "image/convert-cached-qcow2-to-raw";
+pub(super) const TO_ZSTD_CACHED: &str = "image/convert-cached-raw-to-zstd";
+pub(super) const COMPARE: &str = "image/compare-raw-with-qcow2";
 pub(super) const OPEN: &str = "image/open-10T";
 pub(super) const CLONE: &str = "image/clone-overlay";
 pub(super) const SNAPSHOT: &str = "image/snapshot-1T";
@@ -37,12 +42,16 @@ pub(super) const NO_BITMAP: &str = "no bitmap";
 pub(super) const ONE_BITMAP: &str = "one bitmap";
 pub(super) const BESIDE: &str = "beside-backup";
 
+type Options = &'static [&'static str];
 type Part = fn(&Jobs<'_>, &mut Works) -> Result<()>;
 
 pub(super) fn measure(plan: &Plan, dir: &Path, works: &mut Works) -> Result<()> {
     let jobs = Jobs { plan, dir };
     let parts: [(&[&str], Part); 7] = [
-        (&[TO_QCOW2, TO_RAW, TO_ZSTD], |jobs, works| jobs.convert(works)),
+        (
+            &[TO_QCOW2, TO_RAW, TO_ZSTD, TO_QCOW2_CACHED, TO_RAW_CACHED, TO_ZSTD_CACHED, COMPARE],
+            |jobs, works| jobs.convert(works),
+        ),
         (&[OPEN], |jobs, works| jobs.open(works)),
         (&[CLONE], |jobs, works| jobs.clone(works)),
         (&[SNAPSHOT], |jobs, works| jobs.snapshot(works)),
@@ -73,10 +82,11 @@ impl Jobs<'_> {
         if !self.plan.wants(name) {
             return Ok(());
         }
-        Race { name, rounds: self.plan.runs, ways }.run(self.plan, works)
+        Race { name, rounds: self.plan.runs, settle: true, ways }.run(self.plan, works)
     }
 
-    /// 2 GiB, three quarters of them data, which shrinks to about a half. What comes out is compared once.
+    /// 2 GiB, three quarters of them data, which shrinks to about a half. What comes out is compared once. Equal with equal:
+    /// once with the new image durable in the end, and once with it wherever the kernel has it.
     fn convert(&self, works: &mut Works) -> Result<()> {
         let bytes = if self.plan.quick { GIB / 16 } else { 2 * GIB };
         let (raw, image) = (self.dir.join("source.raw"), self.dir.join("source.qcow2"));
@@ -85,42 +95,69 @@ impl Jobs<'_> {
         output(command.args(["convert", "-W", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&image))?;
         // Read once, so that nobody meets a colder cache.
         std::io::copy(&mut File::open(&image)?, &mut std::io::sink())?;
-        let out = |peer: &str, format: &str| self.dir.join(format!("{peer}.{format}"));
-        let ways = |from: (&Path, &'static str),
-                    to: &'static str,
-                    more: &'static [&'static str],
-                    ours: &'static [&'static str]| {
-            vec![
-                qemu_img("qemu-img", from, (out("default", to), to), more, &[]),
-                qemu_img("qemu-img -W", from, (out("parallel", to), to), more, &["-m", "16", "-W"]),
-                qemu_img(
-                    "qemu-img -t none",
-                    from,
-                    (out("direct", to), to),
-                    more,
-                    &["-m", "16", "-W", "-t", "none", "-T", "none"],
-                ),
-                self.vbd_convert(from, (out("vbd", to), to), ours),
-            ]
+        let kinds: [(&str, &str, _, _, Options, Options); 3] = [
+            (TO_QCOW2, TO_QCOW2_CACHED, (raw.as_path(), "raw"), "qcow2", &[], &[]),
+            (TO_RAW, TO_RAW_CACHED, (image.as_path(), "qcow2"), "raw", &[], &[]),
+            (TO_ZSTD, TO_ZSTD_CACHED, (raw.as_path(), "raw"), "qcow2", ZSTD, &["--compress", "zstd"]),
+        ];
+        for (durable, cached, from, to, theirs, ours) in kinds {
+            let out = |peer: &str| (self.dir.join(format!("{peer}.{to}")), to);
+            let qemu = |durable: bool| {
+                let mut ways = vec![
+                    qemu_img("qemu-img", from, out("default"), theirs, &[], durable),
+                    qemu_img("qemu-img -W", from, out("parallel"), theirs, &["-m", "16", "-W"], durable),
+                ];
+                let direct = &["-m", "16", "-W", "-t", "none", "-T", "none"];
+                if durable {
+                    ways.push(qemu_img("qemu-img -t none", from, out("direct"), theirs, direct, true));
+                }
+                ways
+            };
+            let mut ways = qemu(true);
+            ways.push(self.vbd_convert("vbd", from, out("vbd"), ours, &[]));
+            ways.push(self.vbd_convert("vbd --unordered", from, out("unordered"), ours, &["--unordered"]));
+            self.race(durable, ways, works)?;
+            let mut ways = qemu(false);
+            ways.push(self.vbd_convert("vbd", from, out("vbd"), ours, &["--no-sync"]));
+            self.race(cached, ways, works)?;
+        }
+        self.compare(&raw, &image, works)
+    }
+
+    /// Two images that hold the same, one of each format.
+    fn compare(&self, raw: &Path, image: &Path, works: &mut Works) -> Result<()> {
+        let way = |name, program: PathBuf, arguments: &'static [&'static str]| {
+            let (raw, image) = (raw.to_owned(), image.to_owned());
+            let command = move || {
+                let mut command = Command::new(&program);
+                command.arg("compare").args(arguments).arg(&raw).arg(&image);
+                command
+            };
+            Way { name, command: Box::new(command), makes: vec![], check: None }
         };
-        self.race(TO_QCOW2, ways((&raw, "raw"), "qcow2", &[], &[]), works)?;
-        self.race(TO_RAW, ways((&image, "qcow2"), "raw", &[], &[]), works)?;
-        self.race(TO_ZSTD, ways((&raw, "raw"), "qcow2", ZSTD, &["--compress", "zstd"]), works)
+        let ways = vec![
+            way("qemu-img", "qemu-img".into(), &["-f", "raw", "-F", "qcow2"]),
+            way("vbd", self.plan.tools.vbd.clone(), &["--second-format", "qcow2"]),
+        ];
+        self.race(COMPARE, ways, works)
     }
 
     fn vbd_convert(
         &self,
+        name: &'static str,
         from: (&Path, &'static str),
         to: (PathBuf, &'static str),
-        more: &'static [&'static str],
+        more: Options,
+        how: Options,
     ) -> Way {
         let (vbd, source, made) = (self.plan.tools.vbd.clone(), from.0.to_owned(), to.0.clone());
         let command = move || {
             let mut command = Command::new(&vbd);
-            command.arg("convert").arg(&source).arg(&made).args(["--from", from.1, "--to", to.1]).args(more);
+            command.arg("convert").arg(&source).arg(&made).args(["--from", from.1, "--to", to.1]);
+            command.args(more).args(how);
             command
         };
-        compared("vbd", Box::new(command), from, to)
+        compared(name, Box::new(command), from, to)
     }
 
     /// From the start of the program until a client can connect.
@@ -362,23 +399,23 @@ fn compared(
     Way { name, command, makes: vec![to.0], check: Some(Box::new(check)) }
 }
 
+/// `durable`: waits until what was made is on the storage.
 fn qemu_img(
     name: &'static str,
     from: (&Path, &'static str),
     to: (PathBuf, &'static str),
-    format: &'static [&'static str],
-    how: &'static [&'static str],
+    format: Options,
+    how: Options,
+    durable: bool,
 ) -> Way {
     let (source, made) = (from.0.to_owned(), to.0.clone());
     let command = move || {
-        let mut command = Command::new("qemu-img");
-        command
-            .arg("convert")
-            .args(how)
-            .args(["-f", from.1, "-O", to.1])
-            .args(format)
-            .arg(&source)
-            .arg(&made);
+        let mut command = Command::new(if durable { "sh" } else { "qemu-img" });
+        if durable {
+            command.args(["-ec", "made=$1; shift; qemu-img \"$@\"; exec sync \"$made\"", "sh"]).arg(&made);
+        }
+        command.arg("convert").args(how).args(["-f", from.1, "-O", to.1]).args(format);
+        command.arg(&source).arg(&made);
         command
     };
     compared(name, Box::new(command), from, to)

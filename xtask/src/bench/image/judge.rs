@@ -1,8 +1,9 @@
 //! What images that live have to reach.
 
 use super::jobs::{
-    ALONE, BACKUP, BARE, BESIDE, BITMAP, CLONE, FOUR_QUEUES, NO_BITMAP, ONE_BITMAP, ONE_QUEUE, OPEN,
-    QEMU_IMG, SCALE, SNAPSHOT, TO_QCOW2, TO_RAW, TO_ZSTD, best,
+    ALONE, BACKUP, BARE, BESIDE, BITMAP, CLONE, COMPARE, FOUR_QUEUES, NO_BITMAP, ONE_BITMAP, ONE_QUEUE, OPEN,
+    QEMU_IMG, SCALE, SNAPSHOT, TO_QCOW2, TO_QCOW2_CACHED, TO_RAW, TO_RAW_CACHED, TO_ZSTD, TO_ZSTD_CACHED,
+    best,
 };
 use super::served::{ALLOCATE, ALLOCATE_64K, Loads, OVERLAY, QSD, READ, SUBCLUSTERS, VBD, VBD_RAW, WRITE};
 use crate::bench::build::Works;
@@ -32,10 +33,17 @@ pub(crate) fn judge(loads: &Loads, works: &Works) -> Vec<Verdict> {
     add(SUBCLUSTERS, "against qemu-storage-daemon's best mode", Bound::AtLeast(2.0), found, "x");
 
     let own = |work: &str| best(works, work, &["vbd"]);
-    for (work, bound) in [(TO_QCOW2, 1.5), (TO_RAW, 1.5), (TO_ZSTD, 2.0)] {
-        let found = best(works, work, &QEMU_IMG).zip(own(work)).map(|(qemu, vbd)| qemu / vbd);
-        add(work, "times as fast as qemu-img's best options", Bound::AtLeast(bound), found, "x");
+    let convert =
+        [(TO_QCOW2, TO_QCOW2_CACHED, 1.5), (TO_RAW, TO_RAW_CACHED, 1.5), (TO_ZSTD, TO_ZSTD_CACHED, 2.0)];
+    for (durable, cached, bound) in convert {
+        for (work, how) in [(durable, "both durable"), (cached, "neither durable")] {
+            let found = best(works, work, &QEMU_IMG).zip(own(work)).map(|(qemu, vbd)| qemu / vbd);
+            let what = format!("times as fast as qemu-img's best options, {how}");
+            add(work, &what, Bound::AtLeast(bound), found, "x");
+        }
     }
+    let found = best(works, COMPARE, &QEMU_IMG).zip(own(COMPARE)).map(|(qemu, vbd)| qemu / vbd);
+    add(COMPARE, "times as fast as qemu-img", Bound::AtLeast(1.0), found, "x");
     let milliseconds = |work: &str| Some(own(work)? * 1e3);
     add(OPEN, "from start to served", Bound::AtMost(20.0), milliseconds(OPEN), "ms");
     add(CLONE, "an overlay, the program's start included", Bound::AtMost(10.0), milliseconds(CLONE), "ms");
