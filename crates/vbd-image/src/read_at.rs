@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use vbd_core::Client;
+use vbd_core::file::Backend;
 
 /// Something that can be read at an offset.
 pub trait ReadAt {
@@ -19,6 +20,12 @@ pub trait ReadAt {
 impl<R: ReadAt + ?Sized> ReadAt for &R {
     fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         (**self).fill_at(offset, buffer)
+    }
+}
+
+impl ReadAt for Backend {
+    fn fill_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        Backend::fill_at(self, offset, buffer)
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use vbd_core::file::Backend;
 use vbd_image::ReadAt;
 
 /// Something of a known length that can be read at an offset.
@@ -142,6 +143,31 @@ fn write_zeros(file: &File, mut offset: u64, end: u64) -> io::Result<()> {
         offset += length as u64;
     }
     Ok(())
+}
+
+/// The file of a disk that nobody uses yet, or any more: its faults are injected, and whoever records it sees all of this.
+impl Source for Backend {
+    fn length(&self) -> io::Result<u64> {
+        Backend::length(self)
+    }
+}
+
+impl Storage for Backend {
+    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Backend::write_all_at(self, offset, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Backend::sync(self)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.set_length(length)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        Backend::punch(self, offset, length)
+    }
 }
 
 impl Source for [u8] {

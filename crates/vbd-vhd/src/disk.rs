@@ -1,8 +1,6 @@
 //! A VHD as a disk.
 
-use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -97,25 +95,6 @@ impl VhdOptions {
             other => self.corrupt(other.to_string()),
         }
     }
-
-    /// The same file that the backend has open, for plain reads and writes before anything is served.
-    fn plain(&self, backend: &Backend, write: bool) -> Result<(File, u64)> {
-        let opened = if write {
-            vbd_image::open::open_to_write(&self.path)
-        } else {
-            vbd_image::open::open(&self.path)
-        };
-        let image = opened.map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
-        let of = |error: rustix::io::Errno| Error::io("cannot look at it", error.into()).of(self.label());
-        let (mine, its) = (
-            rustix::fs::fstat(&image.file).map_err(of)?,
-            rustix::fs::fstat(backend.descriptor().as_fd()).map_err(of)?,
-        );
-        if (mine.st_dev, mine.st_ino) != (its.st_dev, its.st_ino) {
-            return Err(self.corrupt("was replaced while it was opened"));
-        }
-        Ok((image.file, image.size))
-    }
 }
 
 /// A disk in a VHD.
@@ -150,9 +129,10 @@ impl Vhd {
         let wanted = lease::Options { override_: options.share, wait: options.lease_wait };
         let lease =
             Lease::acquire(backend.descriptor().as_fd(), &options.path, mode, wanted).map_err(lease_error)?;
-        let (file, len) = options.plain(&backend, !read_only)?;
+        let len =
+            backend.length().map_err(|error| Error::io("cannot look at it", error).of(options.label()))?;
         let failed = |error| options.format_error(error);
-        let head = Head::read(&file, len).map_err(failed)?;
+        let head = Head::read(&*backend, len).map_err(failed)?;
         let size = head.size(options.size_rule).map_err(failed)?;
         if head.footer.saved_state != 0 && !read_only {
             tracing::warn!("{}: a machine in a saved state uses it", options.path.display());
@@ -161,17 +141,17 @@ impl Vhd {
             None => (None, None),
             Some(header) => {
                 let parent = self.parent(&head)?;
-                let table = head.table(&file).map_err(failed)?;
+                let table = head.table(&*backend).map_err(failed)?;
                 let end = head.content_end(&table);
                 if !read_only {
-                    self.settle(&file, &head, &table, end)?;
+                    self.settle(&backend, &head, &table, end)?;
                 }
                 (Some(Map::new(header, head.footer.clone(), &table, end)), parent)
             }
         };
         backend.refresh()?;
         backend.drop_cached();
-        Ok(Image { backend, label: options.label(), size, read_only, map, parent, file, _lease: lease })
+        Ok(Image { backend, label: options.label(), size, read_only, map, parent, _lease: lease })
     }
 
     /// The session of the parent, for a differencing disk.
@@ -197,7 +177,7 @@ impl Vhd {
 
     /// Puts the end of the file in order before it is written to: the footer behind the content, and nothing else.
     /// After a crash there may be more, which nobody refers to.
-    fn settle(&self, file: &File, head: &Head, table: &[u32], end: u64) -> Result<()> {
+    fn settle(&self, file: &Backend, head: &Head, table: &[u32], end: u64) -> Result<()> {
         let options = &self.options;
         let failed = |error| options.format_error(error);
         if head.place == FooterPlace::Differ && !head.is_half_resized(file).map_err(failed)? {
@@ -215,11 +195,11 @@ impl Vhd {
         }
         let footer = head.footer.encode();
         let write = || {
-            file.write_all_at(&footer, end)?;
-            file.write_all_at(&footer, 0)?;
-            file.sync_data()?;
-            file.set_len(len)?;
-            file.sync_data()
+            file.write_all_at(end, &footer)?;
+            file.write_all_at(0, &footer)?;
+            file.sync()?;
+            file.set_length(len)?;
+            file.sync()
         };
         write().map_err(|error| Error::io("cannot put its footer in order", error).of(options.label()))
     }
@@ -247,9 +227,11 @@ impl Disk for Vhd {
         }
         let options = &self.options;
         let backend = options.backend(true)?;
-        let (file, len) = options.plain(&backend, false)?;
+        let len =
+            backend.length().map_err(|error| Error::io("cannot look at it", error).of(options.label()))?;
         let failed = |error| options.format_error(error);
-        let size = Head::read(&file, len).and_then(|head| head.size(options.size_rule)).map_err(failed)?;
+        let size =
+            Head::read(&*backend, len).and_then(|head| head.size(options.size_rule)).map_err(failed)?;
         Ok((geometry(&backend, size), capabilities(&backend, options.read_only)))
     }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use vbd_core::file::Backend;
 use vbd_image::ReadAt;
 
 /// Something that can be read and changed at an offset.
@@ -31,6 +32,25 @@ pub trait Storage: ReadAt {
     /// # Errors
     /// Those of the storage; then nothing is known of what was done.
     fn sync(&self) -> io::Result<()>;
+}
+
+/// The file of a disk that nobody uses yet, or any more: its faults are injected, and whoever records it sees all of this.
+impl Storage for Backend {
+    fn length(&self) -> io::Result<u64> {
+        Backend::length(self)
+    }
+
+    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Backend::write_all_at(self, offset, bytes)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.set_length(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Backend::sync(self)
+    }
 }
 
 impl Storage for File {

@@ -8,6 +8,7 @@ mod alignment;
 mod channel;
 mod exclusion;
 mod faults;
+mod plain;
 mod record;
 mod space;
 mod transfer;

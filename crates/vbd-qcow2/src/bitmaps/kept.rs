@@ -1,6 +1,5 @@
 //! The bitmaps of an image that is served.
 
-use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vbd_core::track::{Keeper, Named, Track};
@@ -8,6 +7,7 @@ use vbd_core::{Error, ErrorKind, Result, Session};
 
 use super::{Held, are_valid, load_all, mark_in_use, store};
 use crate::format::Header;
+use crate::storage::Storage;
 
 /// The bitmaps of an image, shared by the engine that serves it and [`vbd_core::track::Tracked`] in front of that, which
 /// marks writes in them.
@@ -45,7 +45,7 @@ impl Kept {
     /// valid, so that the header's bit for them is kept.
     ///
     /// Bitmaps that cannot be read are no reason not to serve the disk: they become void, which the log says.
-    pub(crate) fn begin(&self, file: &File, header: &Header) -> bool {
+    pub(crate) fn begin(&self, file: &impl Storage, header: &Header) -> bool {
         let mut state = self.state();
         *state = State { able: header.version >= 3, ..State::default() };
         if !are_valid(header) {
@@ -68,7 +68,7 @@ impl Kept {
     }
 
     /// Stores the bitmaps in an image that was closed cleanly.
-    pub(crate) fn end(&self, file: &File) -> Result<()> {
+    pub(crate) fn end(&self, file: &impl Storage) -> Result<()> {
         let mut state = self.state();
         let Some(mut held) = state.result.take() else { return Ok(()) };
         held.append(&mut state.aside);

@@ -1,6 +1,6 @@
 //! The disk: an image by name, and how it is opened.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -113,7 +113,7 @@ impl Qcow2 {
         let lease =
             Lease::acquire(backend.descriptor().as_fd(), &options.path, mode, wanted).map_err(lease_error)?;
         if !options.read_only {
-            self.mend_if_dirty().map_err(|error| error.of(options.label()))?;
+            self.mend_if_dirty(&backend).map_err(|error| error.of(options.label()))?;
         }
         // The file may have grown while its lease was waited for.
         backend.refresh()?;
@@ -142,11 +142,9 @@ impl Qcow2 {
 impl Qcow2 {
     /// Makes the refcounts of an image right that says that they may be wrong: a program that writes them late, or one
     /// that was changing snapshots, has not ended as it should. The lease is held.
-    fn mend_if_dirty(&self) -> Result<()> {
-        let failed = |error| Error::io("cannot open", error);
-        let file = std::fs::File::open(&self.options.path).map_err(failed)?;
+    fn mend_if_dirty(&self, file: &Backend) -> Result<()> {
         // What is wrong with it otherwise is said when it is opened.
-        let Ok(header) = Header::read(&file) else { return Ok(()) };
+        let Ok(header) = Header::read(file) else { return Ok(()) };
         if !header.has(incompatible::DIRTY)
             || header.has(incompatible::CORRUPT)
             || header.refuse_unknown().is_err()
@@ -154,9 +152,7 @@ impl Qcow2 {
             return Ok(());
         }
         tracing::warn!("{}: was not closed cleanly; its refcounts are being checked", self.options.label());
-        let file =
-            std::fs::File::options().read(true).write(true).open(&self.options.path).map_err(failed)?;
-        let repaired = repair(&file, Repair::All, &check::Options::default())
+        let repaired = repair(file, Repair::All, &check::Options::default())
             .map_err(|error| corrupt(format!("was not closed cleanly, and cannot be repaired: {error}")))?;
         repaired.actions.iter().for_each(|action| tracing::warn!("{}: {action}", self.options.label()));
         if repaired.after.errors > 0 {
@@ -377,8 +373,7 @@ impl Opening {
         // What is not known here, or not kept, is not true any more once the image is written to.
         let mut kept = header.autoclear & (autoclear::RAW_DATA | autoclear::NOTES);
         if let Some(bitmaps) = &self.options.bitmaps {
-            let file = beside(&self.backend).map_err(|error| Error::io("cannot be opened again", error))?;
-            if bitmaps.begin(&file, header) {
+            if bitmaps.begin(&*self.backend, header) {
                 kept |= header.autoclear & autoclear::BITMAPS;
             }
         }
@@ -408,12 +403,6 @@ impl Opening {
         let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
         Ok(read.chunks_exact(8).map(entry).collect())
     }
-}
-
-/// The file of a backend through the page cache, for what blocks and is done while nobody reads or writes.
-pub(super) fn beside(backend: &Backend) -> std::io::Result<std::fs::File> {
-    let own = format!("/proc/self/fd/{}", backend.descriptor().as_raw_fd());
-    std::fs::File::options().read(true).write(true).open(own)
 }
 
 fn lease_error(error: LeaseError) -> Error {

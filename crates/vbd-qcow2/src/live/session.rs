@@ -15,7 +15,6 @@ use super::commit::Quiet;
 use super::compress::Compressor;
 use super::counts::Freed;
 use super::direct::Direct;
-use super::disk::beside;
 use super::image::Image;
 use super::io::Io;
 use super::service::{self, Place};
@@ -194,8 +193,7 @@ impl Drop for Qcow2Session {
             return;
         }
         if let Some(bitmaps) = &self.bitmaps {
-            let file = beside(&image.backend).map_err(|error| Error::io("cannot be opened again", error));
-            if let Err(error) = file.and_then(|file| bitmaps.end(&file)) {
+            if let Err(error) = bitmaps.end(&*image.backend) {
                 tracing::error!("{}: {error}; its bitmaps say nothing from now on", image.label);
             }
         }

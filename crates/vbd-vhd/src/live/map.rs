@@ -26,8 +26,6 @@ pub(crate) struct Image {
     pub(crate) map: Option<Map>,
     /// What a differencing disk lies over.
     pub(crate) parent: Option<Arc<dyn Session>>,
-    /// The file once more, for what is done at the end.
-    pub(crate) file: std::fs::File,
     /// Keeps the file's lease.
     pub(crate) _lease: vbd_image::lease::Lease,
 }
@@ -36,7 +34,7 @@ impl Drop for Image {
     /// Gives back the room that the file was grown by ahead. Nothing is in flight any more, and the lease is still held.
     fn drop(&mut self) {
         if let Some(map) = self.map.as_ref().filter(|_| !self.read_only)
-            && let Err(error) = map.trim(&self.file)
+            && let Err(error) = map.trim(&self.backend)
         {
             // The next who opens it for writing does it.
             tracing::debug!("{}: its end was not put in order: {error}", self.label);

@@ -1,9 +1,9 @@
 //! Places for new blocks, at the end of the file.
 
-use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
 
 use vbd_core::ask::{Ask, ask};
+use vbd_core::file::Backend;
 use vbd_core::memory::Buffer;
 use vbd_core::{Error, ErrorKind, Operation, Result};
 
@@ -56,14 +56,14 @@ impl Map {
     }
 
     /// Puts the footer behind the last block, and ends the file there.
-    pub(crate) fn trim(&self, file: &std::fs::File) -> std::io::Result<()> {
+    pub(crate) fn trim(&self, file: &Backend) -> std::io::Result<()> {
         let space = self.space();
         if space.next == space.end || !space.reserved.is_empty() {
             return Ok(());
         }
-        file.write_all_at(&self.footer.encode(), space.next)?;
-        file.sync_data()?;
-        file.set_len(space.next + FOOTER_LEN as u64)
+        file.write_all_at(space.next, &self.footer.encode())?;
+        file.sync()?;
+        file.set_length(space.next + FOOTER_LEN as u64)
     }
 
     /// The place of this block is in the table.
