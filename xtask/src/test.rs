@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 /// Which tests to run.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only tests whose name contains this; `guests` means the end-to-end tests alone, `xen` those of them that boot Xen
+    /// Only tests whose name contains this; `guests` means the end-to-end tests alone, `xen` those of them that
+    /// boot Xen, `orders` those that run threads in turns
     filter: Option<String>,
     /// Only those of `guests` or `xen` whose name contains this
     #[arg(requires = "filter")]
@@ -27,6 +28,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         None => vec!["--workspace"],
         Some("guests") => vec!["--package", "vbd-tests"],
         Some("xen") => vec!["--package", "vbd-tests", "--test", "xen"],
+        Some("orders") => return orders(),
         Some(filter) => vec!["--workspace", filter],
     };
     filter.extend(args.name.as_deref());
@@ -40,8 +42,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if has_nextest && whole {
         run_to_end(cargo(&["test", "--locked", "--quiet", "--doc"]).args(&filter))?;
     }
+    if args.filter.is_none() {
+        orders()?;
+    }
     let runner: &[&str] = if has_nextest { &["nextest", "run"] } else { &["test"] };
     run_to_end(cargo(runner).arg("--locked").args(&filter).env("VBD_BIN", vbd))
+}
+
+/// The tests that run all threads in turns, in many orders: a build of their own, as all locks and atomics are others.
+fn orders() -> Result<()> {
+    println!("test: images in many orders of events");
+    let test = |package: &str, tests: &[&str]| {
+        let mut test = cargo(&["test", "--locked", "--quiet", "--package", package]);
+        test.args(tests).env("CARGO_TARGET_DIR", vbd_tests::target_dir().join("shuttle"));
+        run_to_end(test.env("CARGO_PROFILE_DEV_DEBUG", "0").env("RUSTFLAGS", "--cfg shuttle"))
+    };
+    test("vbd-core", &["--test", "orders"])?;
+    test("vbd-qcow2", &["--test", "orders"])?;
+    test("vbd-qcow2", &["--lib", "grace"])
 }
 
 /// Builds the command `package` under `profile`, and gives its path.

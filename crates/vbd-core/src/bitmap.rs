@@ -5,7 +5,8 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use vbd_ring::sync::atomic::{AtomicU64, Ordering};
 
 /// The smallest block that a bit may stand for, in bytes.
 pub const MIN_GRANULARITY: u64 = 512;

@@ -7,8 +7,8 @@ use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use vbd_ring::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use vbd_ring::{Handle, Remote};
 
 use crate::memory::Buffer as Memory;

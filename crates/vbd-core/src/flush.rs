@@ -2,9 +2,9 @@
 
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use vbd_ring::sync::mpsc::{SyncSender, sync_channel};
 use vbd_ring::{Completion, Handle};
 
 use crate::{Channel, Operation, Request, Result, Session, Sink};

@@ -26,10 +26,16 @@ pub enum EngineKind {
 pub(crate) enum Engine {
     Uring(Box<Uring>),
     Threads(Threads),
+    #[cfg(shuttle)]
+    Simulated(crate::simulated::Simulated),
 }
 
 impl Engine {
     pub(crate) fn new(kind: EngineKind, shared: &Arc<Shared>) -> std::io::Result<Self> {
+        #[cfg(shuttle)]
+        if kind == EngineKind::Auto {
+            return Ok(Engine::Simulated(crate::simulated::Simulated::new(shared.clone())));
+        }
         match kind {
             EngineKind::Threads => Ok(Engine::Threads(Threads::new(shared.clone()))),
             EngineKind::Uring => Ok(Engine::Uring(Box::new(Uring::new()?))),
@@ -61,6 +67,8 @@ impl Engine {
             match self {
                 Engine::Uring(ring) => ring.start(id, file, op),
                 Engine::Threads(threads) => threads.start(id, file, op),
+                #[cfg(shuttle)]
+                Engine::Simulated(simulated) => simulated.start(id, file, op),
             }
         }
     }
@@ -69,6 +77,8 @@ impl Engine {
         match self {
             Engine::Uring(ring) => ring.cancel(id),
             Engine::Threads(threads) => threads.cancel(id),
+            #[cfg(shuttle)]
+            Engine::Simulated(simulated) => simulated.cancel(id),
         }
     }
 
@@ -84,6 +94,8 @@ impl Engine {
         match self {
             Engine::Uring(ring) => ring.reap(done),
             Engine::Threads(threads) => threads.reap(done, Some(Duration::ZERO)),
+            #[cfg(shuttle)]
+            Engine::Simulated(simulated) => simulated.reap(done),
         }
     }
 
@@ -92,6 +104,8 @@ impl Engine {
         match self {
             Engine::Uring(ring) => ring.wait(timeout, done),
             Engine::Threads(threads) => threads.reap(done, timeout),
+            #[cfg(shuttle)]
+            Engine::Simulated(simulated) => simulated.wait(timeout, done),
         }
     }
 
@@ -99,6 +113,8 @@ impl Engine {
         match self {
             Engine::Uring(ring) => ring.register(fd),
             Engine::Threads(_) => None,
+            #[cfg(shuttle)]
+            Engine::Simulated(_) => None,
         }
     }
 

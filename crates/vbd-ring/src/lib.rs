@@ -20,6 +20,9 @@ mod pool;
 mod priority;
 mod reactor;
 mod remote;
+#[cfg(shuttle)]
+mod simulated;
+pub mod sync;
 mod task;
 mod threads;
 mod uring;

@@ -6,14 +6,15 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::clock::Timers;
 use crate::engine::{Engine, Flights};
 use crate::file::Unregister;
 use crate::op::Waits;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::task::{Awaited, AwaitedResult, Cancel, Tasks};
 use crate::{Completion, EngineKind, FileHandle, Op, OpId, Poller, TimerId, pool};
 
@@ -65,6 +66,9 @@ pub(crate) struct Shared {
     woken: AtomicBool,
     stop: AtomicBool,
     ended: AtomicBool,
+    /// What the checker knows of the eventfd.
+    #[cfg(shuttle)]
+    pub(crate) bell: crate::simulated::Bell,
 }
 
 impl Shared {
@@ -72,6 +76,8 @@ impl Shared {
         if !self.woken.swap(true, Ordering::SeqCst) {
             // An eventfd refuses only at 2^64 - 1.
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            #[cfg(shuttle)]
+            self.bell.ring();
         }
     }
 
@@ -115,7 +121,7 @@ impl Handle {
     /// Runs `work` on the reactor's thread and waits for its answer; none where the reactor has ended.
     /// Must not be called on a reactor's thread.
     pub fn call<T: Send + 'static>(&self, work: impl FnOnce(&Local) -> T + Send + 'static) -> Option<T> {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let (sender, receiver) = crate::sync::mpsc::sync_channel(1);
         self.post(move |local| {
             let _ = sender.send(work(local));
         });
@@ -136,7 +142,8 @@ struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        // The checker tells of it in its own way.
+        if std::thread::panicking() && !cfg!(shuttle) {
             eprintln!("vbd: a reactor has panicked; ending the process");
             std::process::abort();
         }
@@ -146,7 +153,7 @@ impl Drop for AbortOnPanic {
 /// A reactor's thread. Dropping it stops and joins the thread.
 pub struct Reactor {
     handle: Handle,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Option<crate::sync::thread::JoinHandle<()>>,
 }
 
 impl Reactor {
@@ -163,10 +170,12 @@ impl Reactor {
             woken: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            #[cfg(shuttle)]
+            bell: crate::simulated::Bell::default(),
         });
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let (sender, receiver) = crate::sync::mpsc::sync_channel(1);
         let inside = shared.clone();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = crate::sync::thread::Builder::new().name(name.to_owned()).spawn(move || {
             // The ring belongs to the thread that uses it, so it is made there.
             match Local::new(settings, inside.clone()) {
                 Ok(local) => {
@@ -415,7 +424,7 @@ impl Local {
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let (sender, receiver) = crate::sync::mpsc::sync_channel(1);
         let state = Awaited::new(Box::new(()));
         let run = move || {
             let _ = sender.send(work());

@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::sync::thread_local;
 use crate::{Handle, Local};
 
 thread_local! {
@@ -62,12 +63,12 @@ impl<T: 'static> Remote<T> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         let made: Option<Result<(), String>> = handle.call(move |local| {
-            OBJECTS.with_borrow_mut(|objects| objects.insert(id, None));
+            OBJECTS.with(|objects| objects.borrow_mut().insert(id, None));
             let place = Place { id, _stays: PhantomData };
             let object = make(local, place).inspect_err(|_| forget(id))?;
-            OBJECTS.with_borrow_mut(|objects| {
+            OBJECTS.with(|objects| {
                 // One that has left already stays away.
-                if let Some(place) = objects.get_mut(&id) {
+                if let Some(place) = objects.borrow_mut().get_mut(&id) {
                     *place = Some(object.clone());
                 }
             });
@@ -96,6 +97,6 @@ impl<T: 'static> Remote<T> {
 }
 
 fn find<T: 'static>(id: u64) -> Option<Rc<T>> {
-    let object = OBJECTS.with_borrow(|objects| objects.get(&id).cloned())??;
+    let object = OBJECTS.with(|objects| objects.borrow().get(&id).cloned())??;
     object.downcast().ok()
 }

@@ -1,17 +1,18 @@
 //! Tasks of one reactor: slow paths written as `async`, polled on the reactor's own thread.
 
+use crate::sync::thread::{ThreadId, current};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{ThreadId, current};
 
 use crate::reactor::Shared;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::{Completion, Local, OpId};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;

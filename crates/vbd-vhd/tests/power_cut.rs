@@ -5,12 +5,13 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use support::{Shape, client, image, in_memory, on_disk, read_all};
 use vbd_core::Disk;
 use vbd_core::file::Fault;
-use vbd_ring::Op;
+use vbd_ring::{EngineKind, Op};
+use vbd_testing::client::Client;
 use vbd_testing::power::{Cut, Expected, Load, Recording, drive, fill};
 use vbd_testing::{Random, seeds};
 use vbd_vhd::{Vhd, VhdOptions, check};
@@ -110,14 +111,14 @@ fn every_operation_fails_once() {
                 let recorder = recording.file(std::fs::read(&options.path).expect("there"));
                 let seen = Arc::new(AtomicU64::new(0));
                 let count = seen.clone();
+                options.faults = Some(recorder.clone());
+                let disk = Vhd::new(options.clone());
+                let clients = [client(&disk), client(&disk)];
                 recorder.set_faults(Some(Arc::new(move |op: &Op| {
                     // A flush that fails is final, and has its own test.
                     let is_one = !matches!(op, Op::Sync);
                     (is_one && count.fetch_add(1, Ordering::SeqCst) == failing).then_some(Fault::Fail(errno))
                 })));
-                options.faults = Some(recorder.clone());
-                let disk = Vhd::new(options.clone());
-                let clients = [client(&disk), client(&disk)];
                 let mut expected = Expected::new(first);
                 let mut random = Random::new(7);
                 let load = Load { requests: 40, longest: 80, may_fail: true, ..Load::on(0..SECTORS) };
@@ -150,7 +151,11 @@ fn every_operation_fails_once() {
 fn a_flush_that_fails_is_remembered() {
     let dir = in_memory();
     let (mut options, _) = marked(dir.path(), true);
-    options.faults = Some(Arc::new(|op: &Op| matches!(op, Op::Sync).then_some(Fault::Fail(libc::EIO))));
+    let failing = Arc::new(AtomicBool::new(true));
+    let fails = failing.clone();
+    options.faults = Some(Arc::new(move |op: &Op| {
+        (matches!(op, Op::Sync) && fails.load(Ordering::SeqCst)).then_some(Fault::Fail(libc::EIO))
+    }));
     let disk = Vhd::new(options);
     let client = client(&disk);
     // The first allocation needs one, to make room.
@@ -161,7 +166,52 @@ fn a_flush_that_fails_is_remembered() {
     assert_eq!(client.kind(flush), Some(vbd_core::ErrorKind::FlushLost));
     assert_eq!(client.read(0, 512)[..8], 1u64.to_le_bytes(), "the parent's");
     drop(client);
+    assert!(disk.open().is_err(), "its end cannot be put in order");
+    failing.store(false, Ordering::SeqCst);
     assert!(disk.open().is_ok(), "opened anew");
+}
+
+/// Each operation of opening an image whose end a crash has left in disorder, and of closing one that has grown, fails
+/// once: it is said, or put in order by the next who opens it.
+#[test]
+fn every_operation_of_opening_and_closing_fails_once() {
+    for over in [false, true] {
+        for errno in [libc::EIO, libc::ENOSPC] {
+            let mut failing = 0;
+            loop {
+                let dir = in_memory();
+                let (mut options, _) = marked(dir.path(), over);
+                let before = read_all(&Vhd::new(options.clone()));
+                // Room that was made ahead, and no footer behind it.
+                let len = std::fs::metadata(&options.path).expect("there").len();
+                let file = std::fs::File::options().write(true).open(&options.path).expect("there");
+                file.set_len(len + 8192).expect("longer");
+                let seen = Arc::new(AtomicU64::new(0));
+                let count = seen.clone();
+                options.faults = Some(Arc::new(move |_: &Op| {
+                    (count.fetch_add(1, Ordering::SeqCst) == failing).then_some(Fault::Fail(errno))
+                }));
+                let disk = Vhd::new(options.clone());
+                let mut written = false;
+                if let Ok(session) = disk.open() {
+                    let queue = Client::on_disk(EngineKind::Auto, &session);
+                    let write = vbd_testing::client::Ask::write(0, vec![7; 512]);
+                    written = queue.ask(write).result.is_ok();
+                }
+                drop(disk);
+                options.faults = None;
+                let after = read_all(&Vhd::new(options.clone()));
+                assert!(after[512..] == before[512..], "operation {failing}, errno {errno}: it differs");
+                assert!(!written || after[..512] == [7; 512], "operation {failing}: a write is lost");
+                assert_eq!(support::problems(&options.path), [""; 0], "operation {failing}, {errno}");
+                if seen.load(Ordering::SeqCst) <= failing {
+                    break;
+                }
+                failing += 1;
+            }
+            assert!(failing > 8, "only {failing} operations failed");
+        }
+    }
 }
 
 /// A write with FUA to a block whose place was not durable yet.

@@ -7,11 +7,12 @@
 
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use vbd_ring::Local;
+use vbd_ring::sync::Mutex;
+use vbd_ring::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::range_lock::{RangeGuard, RangeLocks};
 

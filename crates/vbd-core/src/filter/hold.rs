@@ -5,9 +5,11 @@
 
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
+use vbd_ring::sync::Mutex;
+use vbd_ring::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use vbd_ring::sync::thread_local;
 use vbd_ring::{Handle, Local};
 
 use super::Filter;
@@ -89,8 +91,9 @@ impl Hold {
             let hold = self.clone();
             handle.post(move |_| {
                 debug_assert_eq!(hold.id(), id);
-                let channels = CHANNELS.with_borrow(|list| {
-                    list.iter()
+                let channels = CHANNELS.with(|list| {
+                    list.borrow()
+                        .iter()
                         .filter(|(owner, _)| *owner == id)
                         .filter_map(|(_, weak)| weak.upgrade())
                         .collect()
@@ -129,7 +132,7 @@ impl Filter for Hold {
             local: local.clone(),
             parked: RefCell::default(),
         });
-        CHANNELS.with_borrow_mut(|list| list.push((id, Rc::downgrade(&channel))));
+        CHANNELS.with(|list| list.borrow_mut().push((id, Rc::downgrade(&channel))));
         channel
     }
 }
@@ -194,7 +197,7 @@ impl Drop for HoldChannel {
             request.fail(Error::new(ErrorKind::Cancelled, "its queue was closed while it waited"));
         }
         let this: *const HoldChannel = self;
-        CHANNELS.with_borrow_mut(|list| list.retain(|(_, weak)| weak.as_ptr() != this));
+        CHANNELS.with(|list| list.borrow_mut().retain(|(_, weak)| weak.as_ptr() != this));
         self.hold.count(&self.local, false);
     }
 }

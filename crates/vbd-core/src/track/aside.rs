@@ -8,9 +8,10 @@ use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 
+use vbd_ring::sync::{Mutex, MutexGuard};
 use vbd_ring::{IoVec, Local};
 
 use crate::ask::{Ask, ask};

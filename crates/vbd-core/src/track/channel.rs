@@ -3,9 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vbd_ring::Local;
+use vbd_ring::sync::atomic::Ordering;
+use vbd_ring::sync::thread_local;
 
 use super::preserve::Preserve;
 use super::{Config, Phase, Track};
@@ -19,7 +20,7 @@ thread_local! {
 
 /// Brings all channels of this thread to the configuration that counts.
 pub(super) fn refresh_all() {
-    let channels: Vec<_> = CHANNELS.with_borrow(|list| list.iter().filter_map(Weak::upgrade).collect());
+    let channels: Vec<_> = CHANNELS.with(|list| list.borrow().iter().filter_map(Weak::upgrade).collect());
     channels.iter().for_each(|channel| channel.refresh());
 }
 
@@ -94,7 +95,7 @@ impl TrackChannel {
             watched: Cell::new(current.config.preserve.is_some()),
             current: RefCell::new(current),
         });
-        CHANNELS.with_borrow_mut(|list| list.push(Rc::downgrade(&channel)));
+        CHANNELS.with(|list| list.borrow_mut().push(Rc::downgrade(&channel)));
         channel
     }
 
@@ -185,7 +186,7 @@ impl Channel for TrackChannel {
 impl Drop for TrackChannel {
     fn drop(&mut self) {
         let this: *const TrackChannel = self;
-        CHANNELS.with_borrow_mut(|list| list.retain(|weak| weak.as_ptr() != this));
+        CHANNELS.with(|list| list.borrow_mut().retain(|weak| weak.as_ptr() != this));
         self.track.count(&self.local, false);
     }
 }

@@ -1,10 +1,11 @@
 //! A disk whose changes are tracked.
 
 use std::rc::Rc;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use vbd_ring::Local;
+use vbd_ring::sync::{Condvar, Mutex, MutexGuard};
 
 use super::channel::TrackChannel;
 use super::{Track, TrackError};
@@ -269,7 +270,7 @@ impl Drop for TrackedSession {
         let closing = Closing { session: Some(session), track, inside };
         // The last owner may be a channel on a reactor, whose other disks must not wait for this one's files. Where there
         // is no thread to be had, the work is dropped and so done here.
-        let _ = std::thread::Builder::new().name("vbd-close".into()).spawn(move || drop(closing));
+        let _ = vbd_ring::sync::thread::Builder::new().name("vbd-close".into()).spawn(move || drop(closing));
     }
 }
 

@@ -19,10 +19,11 @@ mod frozen;
 mod preserve;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use vbd_ring::sync::atomic::{AtomicU64, Ordering};
+use vbd_ring::sync::{Condvar, Mutex, MutexGuard};
 use vbd_ring::{Handle, Local};
 
 use crate::Session;

@@ -4,12 +4,13 @@ use std::future::{Future, poll_fn};
 use std::ops::Range;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use vbd_ring::Local;
+use vbd_ring::sync::Mutex;
+use vbd_ring::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::ask::{Ask, ask};
 use crate::bitmap::Bitmap;

@@ -1,12 +1,13 @@
 //! The image behind this one, which may become another while nobody uses it.
 
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use vbd_core::{Capabilities, Channel, Error, ErrorKind, Geometry, Request, Result, Session};
 use vbd_ring::Local;
+use vbd_ring::sync::atomic::{AtomicU64, Ordering};
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 use super::image::Image;
 use super::io::Io;

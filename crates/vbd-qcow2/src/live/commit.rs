@@ -14,11 +14,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vbd_core::memory::Buffer;
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Guard, Result};
+use vbd_ring::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::counts::Freed;
 use super::image::Image;

@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vbd_core::memory::Buffer;
 use vbd_core::{Error, ErrorKind, Result};
+use vbd_ring::sync::mpsc::sync_channel;
+use vbd_ring::sync::{Mutex, MutexGuard};
 use vbd_ring::{Reactor, Remote, Settings};
 
 use super::image::Image;
@@ -154,7 +155,7 @@ impl Image {
         }
     }
 
-    fn rest(&self) -> std::sync::MutexGuard<'_, Rest> {
+    fn rest(&self) -> MutexGuard<'_, Rest> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,9 +1,10 @@
 //! Reading an image on the thread that asks, where nobody writes to it: for jobs that read all of a disk. Several threads
 //! read, and decompress, at once.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vbd_core::{Error, ErrorKind, Operation, Reader, Result, Session};
+use vbd_ring::sync::Mutex;
 
 use super::image::Image;
 use super::io::{bytes, corrupt};

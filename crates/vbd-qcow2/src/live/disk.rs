@@ -2,13 +2,14 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use vbd_core::file::{Backend, Cache, Faults, Options};
 use vbd_core::{Capabilities, Disk, Error, ErrorKind, Event, Geometry, Result, Session, Statistics};
 use vbd_image::lease::{self, Lease, LeaseError, Mode};
 use vbd_luks::{Encrypted, LuksError, Secret};
+use vbd_ring::sync::Mutex;
 
 use super::counts::Counts;
 use super::image::{Image, Parts, whole_blocks};
@@ -372,10 +373,10 @@ impl Opening {
         }
         // What is not known here, or not kept, is not true any more once the image is written to.
         let mut kept = header.autoclear & (autoclear::RAW_DATA | autoclear::NOTES);
-        if let Some(bitmaps) = &self.options.bitmaps {
-            if bitmaps.begin(&*self.backend, header) {
-                kept |= header.autoclear & autoclear::BITMAPS;
-            }
+        if let Some(bitmaps) = &self.options.bitmaps
+            && bitmaps.begin(&*self.backend, header)
+        {
+            kept |= header.autoclear & autoclear::BITMAPS;
         }
         if header.version >= 3 && header.autoclear != kept {
             let mut buffer = vbd_core::memory::Buffer::new(8);

@@ -12,11 +12,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
+use vbd_ring::sync::atomic::{AtomicBool, Ordering};
+use vbd_ring::sync::{Mutex, MutexGuard, thread_local};
 use vbd_ring::{Handle, Local};
 
 /// What waits for the last copy of a token to be dropped.
@@ -130,7 +131,7 @@ thread_local! {
 }
 
 fn member(id: u64) -> Option<Rc<dyn Member>> {
-    MEMBERS.with_borrow(|members| members.get(&id).and_then(Weak::upgrade))
+    MEMBERS.with(|members| members.borrow().get(&id).and_then(Weak::upgrade))
 }
 
 /// The channels of one image.
@@ -166,9 +167,9 @@ impl Members {
 
     /// Adds a channel of this thread.
     pub(super) fn enter(&self, channel: &Rc<dyn Member>, local: &Local) -> Entered {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        MEMBERS.with_borrow_mut(|members| members.insert(id, Rc::downgrade(channel)));
+        MEMBERS.with(|members| members.borrow_mut().insert(id, Rc::downgrade(channel)));
         let mut state = self.state();
         state.all.push((local.handle(), id));
         Entered { id, parked: state.parked, without_below: state.without_below }
@@ -258,6 +259,244 @@ impl Drop for Exclusive {
                     member.resume();
                 }
             });
+        }
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod tests {
+    //! Channels, reactors and the messages between them are the real ones; what an operation does is to wait.
+
+    use std::future::Future;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::pin::Pin;
+    use std::sync::Mutex;
+    use std::task::Context;
+
+    use vbd_ring::sync::mpsc::{Receiver, sync_channel};
+    use vbd_ring::{Reactor, Settings};
+
+    use super::*;
+
+    /// What is going on, seen from above. Held for moments in which nobody else gets a turn.
+    #[derive(Default)]
+    struct World {
+        state: Mutex<Seen>,
+    }
+
+    #[derive(Default)]
+    struct Seen {
+        /// Operations that have begun and not ended, by number.
+        running: std::collections::BTreeSet<u64>,
+        next: u64,
+        alone: bool,
+    }
+
+    impl World {
+        fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
+            self.state.lock().unwrap()
+        }
+    }
+
+    /// What a broken channel does.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Broken {
+        Nothing,
+        /// It gives tokens back at once.
+        Hold,
+        /// It goes on while it should park.
+        Park,
+        /// It forgets what it has parked.
+        Resume,
+    }
+
+    struct Fake {
+        world: Arc<World>,
+        local: Local,
+        operations: Operations,
+        parked: RefCell<Vec<vbd_ring::sync::mpsc::SyncSender<()>>>,
+        is_parked: Cell<bool>,
+        broken: Broken,
+    }
+
+    impl Fake {
+        /// An operation of several turns.
+        fn submit(self: &Rc<Self>, done: vbd_ring::sync::mpsc::SyncSender<()>) {
+            if self.is_parked.get() && self.broken != Broken::Park {
+                return self.parked.borrow_mut().push(done);
+            }
+            let generation = self.operations.begin();
+            let number = {
+                let mut seen = self.world.seen();
+                assert!(!seen.alone, "an operation begins while somebody is alone");
+                seen.next += 1;
+                let number = seen.next;
+                seen.running.insert(number);
+                number
+            };
+            let this = self.clone();
+            self.local.spawn(async move {
+                for _ in 0..2 {
+                    this.local.unblock(|| ()).await;
+                    assert!(!this.world.seen().alone, "an operation goes on while somebody is alone");
+                }
+                this.world.seen().running.remove(&number);
+                this.operations.end(generation);
+                let _ = done.send(());
+            });
+        }
+    }
+
+    impl Member for Fake {
+        fn hold(&self, token: Token, park: bool) {
+            if park {
+                self.is_parked.set(true);
+            }
+            if self.broken != Broken::Hold {
+                self.operations.hold(token);
+            }
+        }
+
+        fn leave_below(&self) {}
+
+        fn resume(self: Rc<Self>) {
+            self.is_parked.set(false);
+            let parked = std::mem::take(&mut *self.parked.borrow_mut());
+            if self.broken != Broken::Resume {
+                parked.into_iter().for_each(|done| self.submit(done));
+            }
+        }
+    }
+
+    /// A channel on a reactor, and its operations from another thread.
+    struct Queue {
+        channel: vbd_ring::Remote<(Rc<Fake>, u64, Arc<Members>, vbd_ring::Place)>,
+        reactor: Handle,
+    }
+
+    impl Queue {
+        fn new(reactor: &Reactor, members: &Arc<Members>, world: &Arc<World>, broken: Broken) -> Self {
+            let (members, world) = (members.clone(), world.clone());
+            let channel = vbd_ring::Remote::new(&reactor.handle(), move |local, place| {
+                let fake = Rc::new(Fake {
+                    world,
+                    local: local.clone(),
+                    operations: Operations::default(),
+                    parked: RefCell::default(),
+                    is_parked: Cell::new(false),
+                    broken,
+                });
+                let member: Rc<dyn Member> = fake.clone();
+                let Entered { id, parked, .. } = members.enter(&member, local);
+                fake.is_parked.set(parked);
+                Ok(Rc::new((fake, id, members, place)))
+            });
+            Queue { channel: channel.unwrap(), reactor: reactor.handle() }
+        }
+
+        fn start(&self) -> Receiver<()> {
+            let (sender, receiver) = sync_channel(1);
+            self.channel.post(move |channel| channel.0.submit(sender));
+            receiver
+        }
+    }
+
+    impl Drop for Queue {
+        fn drop(&mut self) {
+            self.channel.post(|channel| {
+                channel.2.leave(channel.1);
+                channel.3.leave();
+            });
+            self.reactor.call(|_| ());
+        }
+    }
+
+    /// Waits for a future on this thread.
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        struct Bell(vbd_ring::sync::mpsc::Sender<()>);
+        impl std::task::Wake for Bell {
+            fn wake(self: Arc<Self>) {
+                let _ = self.0.send(());
+            }
+        }
+        let (sender, receiver) = vbd_ring::sync::mpsc::channel();
+        let waker = Waker::from(Arc::new(Bell(sender)));
+        let mut future: Pin<Box<dyn Future<Output = T>>> = Box::pin(future);
+        loop {
+            match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                Poll::Ready(done) => return done,
+                Poll::Pending => receiver.recv().unwrap(),
+            }
+        }
+    }
+
+    /// Two reactors with queues that come and go, one thread that waits for grace periods, two that want to be alone.
+    fn run(broken: Broken) {
+        let world = Arc::new(World::default());
+        let members = Arc::new(Members::default());
+        let reactors = [0, 1].map(|_| Reactor::spawn("queue", Settings::default()).unwrap());
+        let first = Queue::new(&reactors[0], &members, &world, broken);
+        let waits = {
+            let (world, members) = (world.clone(), members.clone());
+            vbd_ring::sync::thread::spawn(move || {
+                for _ in 0..2 {
+                    let before = world.seen().running.clone();
+                    block_on(members.grace());
+                    let left = before.intersection(&world.seen().running).count();
+                    assert_eq!(left, 0, "a grace period ended before what had begun earlier");
+                }
+            })
+        };
+        let alone = [0, 1].map(|_| {
+            let (world, members) = (world.clone(), members.clone());
+            vbd_ring::sync::thread::spawn(move || {
+                let exclusive = block_on(members.exclusive());
+                {
+                    let mut seen = world.seen();
+                    assert!(seen.running.is_empty(), "alone with an operation");
+                    assert!(!seen.alone, "two are alone");
+                    seen.alone = true;
+                }
+                vbd_ring::sync::thread::yield_now();
+                world.seen().alone = false;
+                drop(exclusive);
+            })
+        });
+        let mut out = vec![first.start(), first.start()];
+        let second = Queue::new(&reactors[1], &members, &world, broken);
+        for _ in 0..3 {
+            out.extend([first.start(), second.start()]);
+        }
+        // Every operation ends, whoever was alone meanwhile.
+        out.into_iter().for_each(|done| done.recv().expect("an operation was lost"));
+        drop(second);
+        waits.join().unwrap();
+        alone.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(members.state().all.len() == 1 && !members.state().parked);
+        drop(first);
+    }
+
+    fn in_orders(rounds: usize, broken: Broken) {
+        let mut config = shuttle::Config::new();
+        config.stack_size = 256 << 10;
+        config.failure_persistence = shuttle::FailurePersistence::None;
+        let random = shuttle::scheduler::RandomScheduler::new_from_seed(1, rounds);
+        shuttle::Runner::new(random, config.clone()).run(move || run(broken));
+        let late = shuttle::scheduler::PctScheduler::new_from_seed(1, 3, rounds);
+        shuttle::Runner::new(late, config).run(move || run(broken));
+    }
+
+    #[test]
+    fn nobody_is_disturbed_who_is_alone_and_nobody_waits_for_ever() {
+        in_orders(600, Broken::Nothing);
+    }
+
+    /// The check can fail.
+    #[test]
+    fn broken_channels_are_found() {
+        for broken in [Broken::Hold, Broken::Park, Broken::Resume] {
+            let found = catch_unwind(AssertUnwindSafe(|| in_orders(600, broken)));
+            assert!(found.is_err(), "a broken channel was not found");
         }
     }
 }

@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vbd_core::file::{Backend, Cache};
 use vbd_core::memory::Buffer;
 use vbd_core::range_lock::{RangeGuard, RangeLocks};
 use vbd_core::{Error, ErrorKind, Flags, Operation, Result, Session};
 use vbd_luks::Encrypted;
+use vbd_ring::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 use super::behind::Behind;
 use super::compress::Rest;

@@ -14,9 +14,10 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use vbd_image::ReadAt;
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 const MAGIC: [u8; 8] = *b"vbdnotes";
 /// Bytes before the first note, and bytes of one.

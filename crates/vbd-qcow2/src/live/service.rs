@@ -2,11 +2,11 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 
 use vbd_core::file::Backend;
 use vbd_core::{Error, ErrorKind, Guard, Result, Session};
 use vbd_luks::Encrypted;
+use vbd_ring::sync::mpsc::sync_channel;
 use vbd_ring::{Reactor, Settings};
 
 use super::io::{Files, Io};

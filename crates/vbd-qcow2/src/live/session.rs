@@ -1,7 +1,7 @@
 //! An image that is open: its lease is held until the last channel is gone and what was in memory is on the disk.
 
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vbd_core::{
     Capabilities, Channel, Disk, Error, ErrorKind, Event, Flags, Geometry, Live, Reader, Result, Session,
@@ -9,6 +9,7 @@ use vbd_core::{
 };
 use vbd_image::lease::Lease;
 use vbd_ring::Local;
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 use super::channel::Qcow2Channel;
 use super::commit::Quiet;
@@ -192,10 +193,10 @@ impl Drop for Qcow2Session {
             );
             return;
         }
-        if let Some(bitmaps) = &self.bitmaps {
-            if let Err(error) = bitmaps.end(&*image.backend) {
-                tracing::error!("{}: {error}; its bitmaps say nothing from now on", image.label);
-            }
+        if let Some(bitmaps) = &self.bitmaps
+            && let Err(error) = bitmaps.end(&*image.backend)
+        {
+            tracing::error!("{}: {error}; its bitmaps say nothing from now on", image.label);
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 
 use vbd_core::{Error, ErrorKind, Result};
+use vbd_ring::sync::mpsc::sync_channel;
 use vbd_ring::{Place, Reactor, Remote, Settings};
 
 use super::channel::Qcow2Channel;

@@ -12,10 +12,11 @@ mod refill;
 mod write;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vbd_core::Result;
 use vbd_core::range_lock::RangeLocks;
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 use super::image::Image;
 use super::io::{Io, bytes, corrupt};

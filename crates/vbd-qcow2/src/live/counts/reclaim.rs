@@ -15,18 +15,23 @@ use super::Run;
 pub(in crate::live) struct Freed {
     image: Arc<Image>,
     clusters: Vec<u64>,
+    /// So many of the first are being given back to the filesystem.
+    punched: usize,
 }
 
 impl Freed {
     pub(in crate::live) fn new(image: &Arc<Image>, mut clusters: Vec<u64>) -> Self {
         clusters.sort_unstable();
-        Freed { image: image.clone(), clusters }
+        Freed { image: image.clone(), clusters, punched: 0 }
     }
 }
 
 impl Drop for Freed {
-    /// What was not done waits for the next time.
+    /// What was not done waits for the next time. Where the task was given up the kernel may still be at some of it, and
+    /// would take away what is written there next.
     fn drop(&mut self) {
+        let punched = self.clusters.drain(..self.punched);
+        self.image.pending().orphans.extend(punched);
         self.image.put_back_freed(std::mem::take(&mut self.clusters));
     }
 }
@@ -55,8 +60,11 @@ impl Image {
                 }
                 (Run { start: first, count: count.max(1) as u64, zeroed: false }, alone)
             };
-            let zeroed = alone && self.give_space_back(io, run).await?;
             let count = usize::try_from(run.count).unwrap_or(usize::MAX);
+            freed.punched = count;
+            let given = if alone { self.give_space_back(io, run).await } else { Ok(false) };
+            freed.punched = 0;
+            let zeroed = given?;
             let done: Vec<u64> = freed.clusters.drain(..count).collect();
             let mut wrong = None;
             {

@@ -15,8 +15,10 @@ use crate::format::{at, limit};
 const LOOK: usize = 4;
 /// Runs that are given back to the filesystem at once, so that they read as zeroes.
 const MOST_RUNS: usize = 256;
-/// The least and the most that the file grows by, in bytes.
-const GROWTH: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+/// The least and the most that the file grows by, in bytes, and the least in clusters. Little for the checker, so that
+/// clusters come again soon.
+const GROWTH: std::ops::RangeInclusive<u64> = if cfg!(shuttle) { 512..=4096 } else { 1 << 20..=64 << 20 };
+const LEAST: u64 = if cfg!(shuttle) { 2 } else { 16 };
 
 /// Blocks, and perhaps a table, for counts of clusters that had none.
 #[derive(Default)]
@@ -108,7 +110,7 @@ impl Image {
         let layout = &self.layout;
         let size = layout.cluster_size();
         let step = (start * size / 4).clamp(*GROWTH.start(), *GROWTH.end()) / size;
-        let mut count = step.max(need.saturating_mul(2)).max(16);
+        let mut count = step.max(need.saturating_mul(2)).max(LEAST);
         if self.backend.is_block_device() {
             count = count.min((self.backend.size() / size).saturating_sub(start));
         }

@@ -4,7 +4,7 @@ mod registry;
 mod span;
 mod table;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use vbd_ring::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::L1Entry;
 

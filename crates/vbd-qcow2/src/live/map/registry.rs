@@ -1,9 +1,10 @@
 //! The L2 tables that are in memory: one copy of each at most, as many as the bound allows.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use vbd_core::range_lock::RangeLocks;
+use vbd_ring::sync::{Mutex, MutexGuard};
 
 use super::table::Table;
 

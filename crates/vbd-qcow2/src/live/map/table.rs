@@ -1,8 +1,7 @@
 //! L2 tables in memory: read without a lock, changed under the lock of their clusters, written in pieces.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use vbd_core::memory::Buffer;
+use vbd_ring::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::format::{L2Entry, Layout, Subclusters};
 
