@@ -243,8 +243,9 @@ fn a_guest_migrates_while_it_writes() -> Result<()> {
     let road = scratch.socket("road.sock");
     let mut arrived = Machine::new([there.disk()]).with_tools().receive(&scratch, &road)?;
 
-    // In the background, so that the guest can say on either side how far it is.
-    guest.sh(&format!("({}; echo ended with $?) >/tmp/load 2>&1 &", load("verified", "/dev/vda", 48, "")))?;
+    // In the background, so that the guest can say on either side how far it is; so slow that it outlasts the journey.
+    let slow = load("verified", "/dev/vda", 48, "--rate=,6m");
+    guest.sh(&format!("({slow}; echo ended with $?) >/tmp/load 2>&1 &"))?;
     wait_for_allocated(&file, 2 * MIB)?;
     guest.migrate(&road)?;
     assert_eq!(arrived.sh("cat /tmp/load")?, "", "the load goes on over there");
