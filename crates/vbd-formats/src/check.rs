@@ -70,6 +70,7 @@ pub fn check(spec: &ImageSpec, repair: Option<Repair>) -> Result<Checked> {
             let (report, repaired) = match repair {
                 None => (qcow2::check(&image.file, &options).map_err(failed)?, Vec::new()),
                 Some(what) => {
+                    refuse_beside_notes(spec, &image.file).map_err(of)?;
                     let what = match what {
                         Repair::Leaks => qcow2::Repair::Leaks,
                         Repair::All => qcow2::Repair::All,
@@ -110,5 +111,23 @@ pub fn check(spec: &ImageSpec, repair: Option<Repair>) -> Result<Checked> {
             let message = format!("{} images have no structure that is checked here", spec.format);
             Err(of(Error::new(ErrorKind::Unsupported, message)))
         }
+    }
+}
+
+/// A killed process's notes lead to clusters that nothing in the image leads to yet: a repair would call them leaks, and
+/// whoever opens the image next would bring them back over what came there since.
+fn refuse_beside_notes(spec: &ImageSpec, file: &std::fs::File) -> Result<()> {
+    let noted =
+        |header: vbd_qcow2::format::Header| header.autoclear & vbd_qcow2::format::autoclear::NOTES != 0;
+    match vbd_qcow2::left_beside(&spec.path) {
+        Some(notes) if vbd_qcow2::format::Header::read(file).is_ok_and(noted) => {
+            let message = format!(
+                "a process that served it was killed; open it for writing once, so that its last changes are made, and then \
+                 repair it; or remove {} to go on without them",
+                notes.display()
+            );
+            Err(Error::new(ErrorKind::Unsupported, message))
+        }
+        _ => Ok(()),
     }
 }

@@ -26,7 +26,7 @@ pub use create::{
     Backing, BuildError, Builder, CreateError, CreateOptions, DataFile, Measure, Measured, Placed,
     Preallocation, Version, create, create_in,
 };
-pub use live::{Qcow2, Qcow2Options};
+pub use live::{Qcow2, Qcow2Options, left_beside};
 pub use pack::Packer;
 pub use rewrite::{replace_header, with_backing};
 pub use shrink::shrink;

@@ -119,6 +119,12 @@ impl Identity {
     }
 }
 
+/// The file with notes of changes that a process has left beside the image at `image`, which is to make them when it is opened
+/// for writing; none where it was closed. Whoever changes the image otherwise meanwhile may use again what they lead to.
+pub fn left_beside(image: &Path) -> Option<PathBuf> {
+    path_of(image).filter(|path| path.exists())
+}
+
 /// Where the notes of an image are.
 pub(super) fn path_of(image: &Path) -> Option<PathBuf> {
     let image = image.canonicalize().ok()?;

@@ -35,3 +35,4 @@ mod worker;
 mod write;
 
 pub use disk::{Qcow2, Qcow2Options};
+pub use log::left_beside;
