@@ -103,11 +103,18 @@ impl Case {
     }
 
     fn base_disk(&self, read_only: bool, faults: Option<Arc<dyn Faults>>) -> Arc<dyn Disk> {
+        // As the commands have it: a disk that is to be written to is not waited for.
+        let lease_wait =
+            if read_only { std::time::Duration::from_secs(2) } else { std::time::Duration::ZERO };
         match self.base_format {
-            "raw" => Raw::new(RawOptions { read_only, faults, ..RawOptions::new(&self.base) }),
-            _ => {
-                Qcow2::new(Qcow2Options { read_only, faults, notes: false, ..Qcow2Options::new(&self.base) })
-            }
+            "raw" => Raw::new(RawOptions { read_only, faults, lease_wait, ..RawOptions::new(&self.base) }),
+            _ => Qcow2::new(Qcow2Options {
+                read_only,
+                faults,
+                lease_wait,
+                notes: false,
+                ..Qcow2Options::new(&self.base)
+            }),
         }
     }
 
@@ -378,6 +385,27 @@ fn what_others_need_is_not_taken_from_them() {
         assert!(refused.contains("snapshots need"), "{refused}");
     }
     assert!(client.read(0, 1 << 20) == case.model);
+}
+
+/// Guests got I/O errors for what they read of the image behind, between a refused opening and its opening for reading.
+#[test]
+fn a_commit_that_is_refused_is_not_seen_by_guests() {
+    for seed in seeds(4) {
+        let mut random = Random::new(seed);
+        let case = Case::new(&mut random, Shape::plain(1 << 20), "raw");
+        let session = case.disk(None, None).open().expect("openable");
+        let other = case.base_disk(true, None).open().expect("shared");
+        let mut model = case.model.clone();
+        while_guests(&session, &mut model, &mut random, || {
+            for _ in 0..20 {
+                let live = session.live().expect("live");
+                let busy = live.commit(case.commit(), &Watching::always()).unwrap_err();
+                assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+            }
+        });
+        drop(other);
+        assert!(Client::on_disk(EngineKind::Auto, &session).read(0, 1 << 20) == model);
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use vbd_core::ask::{Ask, ask};
 use vbd_core::bitmap::{Bitmap, DEFAULT_GRANULARITY};
 use vbd_core::memory::Buffer;
 use vbd_core::track::{Track, TrackError};
-use vbd_core::{Commit, Error, ErrorKind, Flags, Operation, Result, Watch};
+use vbd_core::{Commit, Disk, Error, ErrorKind, Flags, Operation, Result, Watch};
 
 use super::channel::Qcow2Channel;
 use super::flatten::{CHUNK, STRIDE, Step, runs};
@@ -47,24 +47,28 @@ impl Qcow2Session {
             return Err(Error::new(ErrorKind::Unsupported, "stands on no other image"));
         };
         let worker = Worker::new(image)?;
-        let into = commit.into;
-        let done = worker
-            .run(move |channel| async move {
-                let image = channel.image.clone();
-                let alone = Alone::new(&image, &channel.io).await?;
-                image.exchange_below(&channel.io, &alone, move || into.open().map(Some)).await?;
-                image.grow_below(&channel.io, &alone, image.size()).await
-            })
-            .and_then(|()| self.merge(&worker, &track, watch));
+        let (into, again) = (commit.into, reader.clone());
+        worker.run(move |channel| async move {
+            let image = channel.image.clone();
+            let alone = Alone::new(&image, &channel.io).await?;
+            let opened = image.exchange_below(&channel.io, &alone, move || into.open().map(Some)).await;
+            let ready = match opened {
+                Ok(()) => image.grow_below(&channel.io, &alone, image.size()).await,
+                refused => refused,
+            };
+            if ready.is_err() {
+                // Before guests go on: they read from it.
+                image.read_below(&channel.io, &alone, again).await?;
+            }
+            ready
+        })?;
+        let done = self.merge(&worker, &track, watch);
         // Whatever has happened: nobody writes there any more.
         let back = worker.run(move |channel| async move {
             let image = channel.image.clone();
             let alone = Alone::new(&image, &channel.io).await?;
-            image.exchange_below(&channel.io, &alone, move || reader.open().map(Some)).await
+            image.read_below(&channel.io, &alone, reader).await
         });
-        if let Err(error) = &back {
-            tracing::error!("{}: the image behind is not open for reading again: {error}", self.label());
-        }
         let written = done?;
         back?;
         watch.step("giving space back", 0);
@@ -272,6 +276,14 @@ impl Qcow2Channel {
 }
 
 impl Image {
+    /// Has the image behind open for reading again.
+    async fn read_below(&self, io: &Io, alone: &Alone, reader: Arc<dyn Disk>) -> Result<()> {
+        let back = self.exchange_below(io, alone, move || reader.open().map(Some)).await;
+        back.inspect_err(|error| {
+            tracing::error!("{}: the image behind is not open for reading again: {error}", self.label);
+        })
+    }
+
     /// Has the image hold nothing. What it held is given back later.
     async fn empty(self: &Arc<Self>, io: &Io, alone: &Alone) -> Result<()> {
         let old: Vec<L1Entry> = self.l1().entries().collect();
