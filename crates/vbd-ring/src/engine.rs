@@ -154,17 +154,17 @@ impl Flights {
         });
         let entry = &mut self.slots[slot as usize];
         entry.1 = Some(Flight { sink, token, waits, _file: file });
-        OpId(u64::from(entry.0) << 32 | u64::from(slot))
+        OpId::new(entry.0, slot, waits)
     }
 
     pub(crate) fn take(&mut self, id: OpId) -> Option<(Rc<dyn Completion>, u64)> {
-        let (slot, generation) = (id.0 & 0xffff_ffff, id.0 >> 32);
+        let slot = id.slot();
         let entry = self.slots.get_mut(usize::try_from(slot).ok()?)?;
-        if u64::from(entry.0) != generation {
+        if u64::from(entry.0) != id.generation() {
             return None;
         }
         let flight = entry.1.take()?;
-        // The top values are kept for the engine's own entries.
+        // 31 bits of a name are the generation.
         entry.0 = (entry.0 + 1) & 0x7fff_ffff;
         self.free.push(u32::try_from(slot).ok()?);
         Some((flight.sink, flight.token))
@@ -182,13 +182,16 @@ impl Flights {
 
     /// The operations in flight that wait for somebody else, or for storage too.
     pub(crate) fn ids(&self, storage: bool) -> Vec<OpId> {
-        let slots = self.slots.iter().enumerate();
         let wanted = |flight: &Flight| match flight.waits {
             Waits::Peer => true,
             Waits::Storage => storage,
             Waits::Driver => false,
         };
-        let chosen = slots.filter(|(_, (_, flight))| flight.as_ref().is_some_and(wanted));
-        chosen.map(|(slot, (generation, _))| OpId(u64::from(*generation) << 32 | slot as u64)).collect()
+        let slots = (0..).zip(&self.slots);
+        let chosen = slots.filter_map(|(slot, (generation, flight))| {
+            let flight = flight.as_ref().filter(|flight| wanted(flight))?;
+            Some(OpId::new(*generation, slot, flight.waits))
+        });
+        chosen.collect()
     }
 }

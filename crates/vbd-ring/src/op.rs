@@ -97,6 +97,29 @@ impl Op {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpId(pub(crate) u64);
 
+impl OpId {
+    /// Set in the names of what waits for storage, so that an engine knows it by its result.
+    const STORAGE: u64 = 1 << 63;
+
+    /// A name of a slot and a generation, which has 31 bits.
+    pub(crate) fn new(generation: u32, slot: u32, waits: Waits) -> Self {
+        let storage = if waits == Waits::Storage { Self::STORAGE } else { 0 };
+        OpId(storage | u64::from(generation) << 32 | u64::from(slot))
+    }
+
+    pub(crate) fn slot(self) -> u64 {
+        self.0 & 0xffff_ffff
+    }
+
+    pub(crate) fn generation(self) -> u64 {
+        (self.0 & !Self::STORAGE) >> 32
+    }
+
+    pub(crate) fn is_storage(self) -> bool {
+        self.0 & Self::STORAGE != 0
+    }
+}
+
 /// Receives results. One sink may have many operations in flight, told apart by the token it chose.
 pub trait Completion {
     /// `result` is what the system call returned, or `-errno`. Called on the reactor's thread, never from within

@@ -13,8 +13,8 @@ const ENTRIES: u32 = 256;
 /// So many entries go to the kernel at once, so that storage works while more is prepared; fewer go with the next sleep
 /// or spin, in one call.
 const BATCH: usize = 4;
-/// As long as no more than this is under way, each entry goes at once: storage that has little to do loses more by waiting
-/// than the calls cost. (A bare relay of 32 requests between two threads loses a tenth to a quarter by batches.)
+/// As long as storage has no more than this to do, each entry for it goes at once: it loses more by waiting than the calls
+/// cost. (A bare relay of 32 requests between two threads loses a tenth to a quarter by batches.)
 const FEW: usize = 40;
 const COMPLETIONS: u32 = 4096;
 /// Slots of the table of registered files; more files than that are used by their plain descriptor.
@@ -29,8 +29,8 @@ pub(crate) struct Uring {
     /// Entries that found the submission queue full: back-pressure, never an error.
     backlog: VecDeque<squeue::Entry>,
     free_files: Vec<u32>,
-    /// Entries that were started and whose results were not collected, waits for descriptors included.
-    under_way: usize,
+    /// Entries for storage that were started and whose results were not collected.
+    for_storage: usize,
 }
 
 impl Uring {
@@ -56,7 +56,7 @@ impl Uring {
             Ok(()) => (0..FILES).rev().collect(),
             Err(_) => Vec::new(),
         };
-        Ok(Uring { ring, backlog: VecDeque::new(), free_files, under_way: 0 })
+        Ok(Uring { ring, backlog: VecDeque::new(), free_files, for_storage: 0 })
     }
 
     pub(crate) fn register(&mut self, fd: &OwnedFd) -> Option<u32> {
@@ -85,6 +85,12 @@ impl Uring {
             None => entry(Fd(file.raw()), op),
         };
         self.push(entry.user_data(id.0));
+        if id.is_storage() {
+            self.for_storage += 1;
+            if self.for_storage <= FEW {
+                self.flush();
+            }
+        }
     }
 
     pub(crate) fn cancel(&mut self, id: OpId) {
@@ -96,25 +102,17 @@ impl Uring {
         if !self.backlog.is_empty() || unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.backlog.push_back(entry);
         }
-        self.under_way += 1;
-        let batch = self.batch();
-        if self.ring.submission().len() >= batch {
+        if self.ring.submission().len() >= BATCH {
             self.flush();
         }
     }
 
-    /// How many entries go to the kernel at once.
-    fn batch(&self) -> usize {
-        if self.under_way <= FEW { 1 } else { BATCH }
-    }
-
     pub(crate) fn reap(&mut self, done: &mut Vec<(OpId, i32)>) {
-        let batch = self.batch();
         let (queued, task_work) = {
             let queue = self.ring.submission();
             (queue.len(), queue.taskrun() || queue.cq_overflow())
         };
-        if task_work || queued >= batch || !self.backlog.is_empty() {
+        if task_work || queued >= BATCH || !self.backlog.is_empty() {
             self.flush();
         }
         self.collect(done);
@@ -188,15 +186,13 @@ impl Uring {
     }
 
     fn collect(&mut self, done: &mut Vec<(OpId, i32)>) {
-        let finished = self.ring.completion();
-        let mut ended = 0;
-        done.extend(
-            finished
-                .inspect(|_| ended += 1)
-                .filter(|entry: &cqueue::Entry| entry.user_data() != OWN)
-                .map(|entry| (OpId(entry.user_data()), entry.result())),
-        );
-        self.under_way -= ended;
+        let for_storage = &mut self.for_storage;
+        let finished = self.ring.completion().filter(|entry: &cqueue::Entry| entry.user_data() != OWN);
+        done.extend(finished.map(|entry| {
+            let id = OpId(entry.user_data());
+            *for_storage -= usize::from(id.is_storage());
+            (id, entry.result())
+        }));
     }
 }
 

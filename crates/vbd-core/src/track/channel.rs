@@ -30,7 +30,10 @@ pub(crate) struct Ticket(Kept);
 enum Kept {
     Of(Arc<Phase>),
     /// Of two channels that a write passes one after the other.
-    Both(#[allow(dead_code, reason = "held")] Rc<Ticket>, #[allow(dead_code, reason = "held")] Rc<Ticket>),
+    Both {
+        _one: Rc<Ticket>,
+        _other: Rc<Ticket>,
+    },
 }
 
 impl Ticket {
@@ -42,7 +45,7 @@ impl Ticket {
     /// Two in one.
     #[cold]
     pub(crate) fn both(one: Rc<Ticket>, other: Rc<Ticket>) -> Rc<Self> {
-        Rc::new(Ticket(Kept::Both(one, other)))
+        Rc::new(Ticket(Kept::Both { _one: one, _other: other }))
     }
 }
 
