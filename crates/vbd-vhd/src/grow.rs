@@ -43,13 +43,7 @@ pub enum GrowError {
 /// The size is smaller or cannot be, the image is not in order, or it cannot be written.
 pub fn grow(file: &(impl Storage + ?Sized), size: u64) -> Result<(), GrowError> {
     let refuse = |what| Err(GrowError::Size { size, what });
-    let len = file.length()?;
-    let report = look(file, len)?;
-    if let Some(problem) = report.problems.iter().find(|problem| problem.is_error()) {
-        return Err(GrowError::Problem(problem.to_string()));
-    }
-    let head = Head::read(file, len)?;
-    let now = head.size(SizeRule::Maker)?;
+    let (head, now) = sound(file)?;
     if !size.is_multiple_of(SECTOR) || size > MOST_BYTES {
         return refuse("a multiple of 512 up to 2040 GiB is possible");
     }
@@ -63,6 +57,18 @@ pub fn grow(file: &(impl Storage + ?Sized), size: u64) -> Result<(), GrowError> 
         None => grow_fixed(file, &head, now, size),
         Some(_) => grow_dynamic(file, &head, now, size),
     }
+}
+
+/// An image that is in order, and its size in bytes.
+pub(crate) fn sound(file: &(impl Storage + ?Sized)) -> Result<(Head, u64), GrowError> {
+    let len = file.length()?;
+    let report = look(file, len)?;
+    if let Some(problem) = report.problems.iter().find(|problem| problem.is_error()) {
+        return Err(GrowError::Problem(problem.to_string()));
+    }
+    let head = Head::read(file, len)?;
+    let size = head.size(SizeRule::Maker)?;
+    Ok((head, size))
 }
 
 /// The footer with another size, which counts whoever reads it.

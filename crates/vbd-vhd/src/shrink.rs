@@ -4,9 +4,8 @@
 //! given up afterwards, and the blocks at the file's end move to where room came free, each with a copy of it durable before
 //! the table leads there. What a power cut left of that is done when the disk is made smaller or larger again.
 
-use crate::check::look;
-use crate::format::{DynamicHeader, FOOTER_LEN, FooterPlace, Head, SECTOR, SizeRule, UNUSED};
-use crate::grow::{GrowError, resized};
+use crate::format::{DynamicHeader, FOOTER_LEN, FooterPlace, Head, SECTOR, UNUSED};
+use crate::grow::{GrowError, resized, sound};
 use crate::storage::Storage;
 
 /// Makes a disk smaller: to `size` bytes. What is beyond is lost. The power may go at any time: then the disk has the one
@@ -16,13 +15,7 @@ use crate::storage::Storage;
 /// The size is larger or cannot be, the image is not in order, or it cannot be written.
 pub fn shrink(file: &(impl Storage + ?Sized), size: u64) -> Result<(), GrowError> {
     let refuse = |what| Err(GrowError::Size { size, what });
-    let len = file.length()?;
-    let report = look(file, len)?;
-    if let Some(problem) = report.problems.iter().find(|problem| problem.is_error()) {
-        return Err(GrowError::Problem(problem.to_string()));
-    }
-    let head = Head::read(file, len)?;
-    let now = head.size(SizeRule::Maker)?;
+    let (head, now) = sound(file)?;
     if !size.is_multiple_of(SECTOR) || size == 0 {
         return refuse("a multiple of 512 is possible, and not 0");
     }
